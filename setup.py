@@ -1,0 +1,41 @@
+"""Packaging of MegaDS. The tested versions are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megads",
+    version="0.1.0",
+    description="DeepSeek-V3-style pretraining (MLA + MoE + MTP) on Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megads", "megads.*"]),
+    py_modules=["pretrain_megads"],
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core==0.19.2",
+        "psutil",  # megatron-core's checkpointing needs it and does not say so
+        "numpy",
+        "pydantic>=2",
+        "sentencepiece",
+        "tokenizers",
+        "safetensors",
+        "orjson",
+        "zstandard",
+        "fsspec",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        # apex is NVIDIA's and not on the package index (the apex there is an unrelated web toolkit);
+        # Megatron-Core uses it when it is installed.
+        "gpu": ["transformer-engine[pytorch]==2.20.*"],
+        "quantize": ["nvidia-modelopt[torch]"],
+        "wandb": ["wandb"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers>=5"],
+    },
+)
