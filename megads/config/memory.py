@@ -1,0 +1,81 @@
+"""Memory of weights, gradients and optimizer state per process, in closed form.
+
+The heaviest pipeline stage is what counts. Activations, buffers of the dispatcher, CUDA's context and
+the allocator's slack come on top; they depend on kernels and routing, so they are not guessed here.
+"""
+
+from dataclasses import dataclass
+
+from megads.config.flops import LayerParameters, attention_matrices, count_parameters
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one process of pipeline rank `stage`."""
+
+    stage: int
+    parameters: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+
+def heaviest_stage(config: Config, resolved: Resolved) -> StageMemory:
+    """The pipeline rank whose processes need most."""
+    stages = [stage_memory(config, resolved, stage) for stage in range(resolved.pp)]
+    return max(stages, key=lambda stage: stage.total_bytes)
+
+
+def stage_memory(config: Config, resolved: Resolved, stage: int) -> StageMemory:
+    """Weights in the run's precision, gradients in FP32 (as Megatron-Core accumulates them), and state.
+
+    Adam keeps two FP32 moments, SGD one; below FP32 an FP32 copy of the weights is kept with them. The
+    distributed optimizer (`zero_stage` 1) splits state over the ranks that hold the same weights.
+    """
+    dense, expert = _parameters(config, resolved, stage)
+    weight_bytes = 4 if resolved.precision == "fp32" else 2
+    state_bytes = (4 if config.training.optimizer == "sgd" else 8) + (4 if weight_bytes == 2 else 0)
+    sharded = config.distributed.zero_stage == 1
+    dense_ranks, expert_ranks = (resolved.dp * resolved.cp, resolved.edp) if sharded else (1, 1)
+    return StageMemory(
+        stage=stage,
+        parameters=dense + expert,
+        weights_bytes=weight_bytes * (dense + expert),
+        gradients_bytes=4 * (dense + expert),
+        optimizer_bytes=state_bytes * dense // dense_ranks + state_bytes * expert // expert_ranks,
+    )
+
+
+def _parameters(config: Config, resolved: Resolved, stage: int) -> tuple[int, int]:
+    """(outside the experts, in them) of one process of this pipeline rank."""
+    counts, layout = count_parameters(config), resolved.pipeline_layout
+    dense = expert = 0
+    for index in range(stage, len(layout), resolved.pp):
+        first = sum(layout[:index])
+        for layer in counts.layers[first : first + layout[index]]:
+            dense += _dense(config, resolved, layer)
+            expert += layer.experts // (resolved.ep * resolved.etp)
+    is_first, is_last = stage == 0, stage == resolved.pp - 1
+    if is_first:
+        dense += counts.embedding // resolved.tp
+    if is_last:
+        dense += counts.head // resolved.tp + counts.final_norm + counts.mtp_projection // resolved.tp
+        dense += counts.mtp_norms + sum(_dense(config, resolved, layer) for layer in counts.mtp_layers)
+        expert += sum(layer.experts for layer in counts.mtp_layers) // (resolved.ep * resolved.etp)
+        # MTP embeds the next token, and a tied head is the embedding: both need a copy of the table.
+        if not is_first and (counts.mtp_layers or config.model.tie_word_embeddings):
+            dense += counts.embedding // resolved.tp
+    return dense, expert
+
+
+def _dense(config: Config, resolved: Resolved, layer: LayerParameters) -> int:
+    """What one process holds of a layer besides experts: TP splits all but latents, norms and router."""
+    whole, _ = attention_matrices(config, resolved.shape)
+    split = layer.attention - whole + layer.dense_ffn + layer.shared_experts
+    return whole + layer.norms + layer.router + split // resolved.tp

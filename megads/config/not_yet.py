@@ -1,0 +1,76 @@
+"""What the schema knows but this version or this machine cannot do: refused with the nearest thing.
+
+A feature that arrives loses its line here, and only here.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from megads.config.resolve import uses_device
+from megads.config.schema import Config
+
+
+def not_yet(config: Config, cuda: bool) -> Iterator[str]:
+    """Requests that would otherwise be silently ignored, or fail deep inside a library."""
+    yield from _missing_features(config)
+    yield from _wrong_device(config, cuda)
+
+
+def _missing_features(config: Config) -> Iterator[str]:
+    mla, moe, distributed = config.model.mla, config.model.moe, config.distributed
+    stage = f"distributed.zero_stage = {distributed.zero_stage}"
+    torch_picks = "false: torch's scaled_dot_product_attention picks its fastest kernel by itself"
+    spread = "zero_stage = 1, which spreads it over the data-parallel ranks"
+    more_parallel = "zero_stage = 1 with more tensor, pipeline or expert parallelism"
+    window = "model.mla.sliding_window"
+    # (asked for, setting, what is missing, nearest thing that works)
+    table = [
+        (config.training.use_fp8, "training.use_fp8", "FP8 training", "use_bf16 = true on CUDA"),
+        (mla.use_fp8_kv, "model.mla.use_fp8_kv", "an FP8 latent cache", "false"),
+        (mla.use_flash_mla, "model.mla.use_flash_mla", "a FlashMLA kernel", torch_picks),
+        (
+            mla.flash_mla_backend == "sparse",
+            "model.mla.flash_mla_backend = sparse",
+            "sparse attention",
+            window,
+        ),
+        (moe.use_deep_ep, "model.moe.use_deep_ep", "DeepEP", "false: the all-to-all dispatcher"),
+        (moe.deep_ep_fp8, "model.moe.deep_ep_fp8", "FP8 dispatch", "false"),
+        (moe.deep_ep_async, "model.moe.deep_ep_async", "asynchronous dispatch", "false"),
+        (distributed.zero_stage >= 2, stage, "sharding of gradients and parameters", more_parallel),
+        (distributed.zero_offload, "distributed.zero_offload", "optimizer state in host memory", spread),
+    ]
+    for asked, setting, what, nearest in table:
+        if asked:
+            yield f"{setting}: {what} does not work in this version yet; nearest: {nearest}"
+    if mla.flash_mla_backend == "dense" and not mla.use_flash_mla:
+        yield "model.mla.flash_mla_backend = dense cannot act while use_flash_mla is false: leave it at auto"
+
+
+def _wrong_device(config: Config, cuda: bool) -> Iterator[str]:
+    device, backend = uses_device(config, cuda), config.distributed.backend
+    if device == "cuda" and not cuda:
+        yield 'distributed.device = "cuda" but no CUDA device is visible here: use "auto" or "cpu"'
+    if device == "cpu" and config.training.use_fp16:
+        yield "training.use_fp16 needs CUDA, and this run is on the CPU: use_bf16 = true (the CPU runs FP32)"
+    if device == "cpu" and backend == "nccl":
+        yield 'distributed.backend = "nccl" needs CUDA, and this run is on the CPU: use "auto" or "gloo"'
+    if device == "cuda" and cuda and backend == "gloo":
+        yield (
+            'distributed.backend = "gloo" cannot carry the collectives of a CUDA run: use "auto", or '
+            'distributed.device = "cpu"'
+        )
+
+
+def missing_packages(config: Config) -> Iterator[str]:
+    """Optional packages that an enabled setting needs and this environment lacks."""
+    if config.logging.wandb.enabled and find_spec("wandb") is None:
+        yield (
+            "logging.wandb.enabled needs the wandb package, which is not installed: pip install "
+            "'megads[wandb]', or set it to false (metrics.jsonl and TensorBoard are written anyway)"
+        )
+    if config.logging.tensorboard.enabled and find_spec("tensorboard") is None:
+        yield (
+            "logging.tensorboard.enabled needs the tensorboard package, which is not installed: "
+            "pip install tensorboard, or set it to false (metrics.jsonl is written anyway)"
+        )

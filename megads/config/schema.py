@@ -1,0 +1,581 @@
+"""Every setting of MegaDS: name, type, default, unit and source, each written once.
+
+The tree is the same in JSON, on the command line (`--training.learning_rate 3e-4`) and in the
+code (`config.training.learning_rate`). Names are those of the configuration guide; DeepSeek's
+published names (`q_lora_rank`, `n_group`, ...) fill what it lacks, and are accepted as aliases
+where the guide has a name of its own. Values that follow from others (data-parallel size, steps,
+head dimensions left open) live in `config.resolve`, never here.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+V3 = "DeepSeek-V3, arXiv:2412.19437"
+LLM = "DeepSeek LLM, arXiv:2401.02954"
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    unit: str = "",
+    source: str = "",
+    aliases: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
+    **limits: Any,
+) -> Any:
+    """A leaf of the tree.
+
+    `aliases` are further JSON keys (the loader renames them), `flags` are Megatron-LM's names of
+    the same thing on the command line; `limits` (`ge`, `gt`, `le`, ...) go to pydantic.
+    """
+    extra: dict[str, Any] = {"unit": unit, "source": source, "aliases": list(aliases), "flags": list(flags)}
+    return Field(default, description=doc, json_schema_extra={k: v for k, v in extra.items() if v}, **limits)
+
+
+class RopeScaling(Section):
+    """YaRN (arXiv:2309.00071); leave `model.mla.rope_scaling` null for plain RoPE, as V3's 4K phase."""
+
+    type: Literal["yarn"] = setting("yarn", "scaling rule", aliases=("rope_type",))
+    factor: float = setting(40.0, "context length over the original one", source=V3, gt=1)
+    original_max_position_embeddings: int = setting(
+        4096, "context length of the plain RoPE phase", unit="tokens", gt=0
+    )
+    beta_fast: float = setting(32.0, "rotations above which a frequency is kept", gt=0)
+    beta_slow: float = setting(1.0, "rotations below which a frequency is divided by factor", gt=0)
+    mscale: float = setting(1.0, "coefficient of the cos/sin magnitude correction")
+    mscale_all_dim: float = setting(1.0, "coefficient of the softmax-scale correction")
+
+
+class MLA(Section):
+    """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+    d_model: int = setting(1024, "hidden size", aliases=("hidden_size",), flags=("--hidden-size",), gt=0)
+    d_latent: int = setting(
+        256,
+        "width of the compressed key-value latent",
+        source="paper: d_c",
+        gt=0,
+        aliases=("kv_lora_rank",),
+        flags=("--kv-lora-rank",),
+    )
+    q_lora_rank: int | None = setting(
+        None,
+        "width of the compressed query latent; null: full-rank query projection",
+        source="paper: d_c'",
+        gt=0,
+        flags=("--q-lora-rank",),
+    )
+    num_heads: int = setting(
+        16, "attention heads", aliases=("num_attention_heads",), flags=("--num-attention-heads",), gt=0
+    )
+    num_kv_heads: int | None = setting(
+        None,
+        "must equal num_heads: MLA compresses keys and values instead of sharing heads",
+        aliases=("num_key_value_heads",),
+    )
+    qk_nope_head_dim: int | None = setting(
+        None,
+        "query/key width per head without RoPE; null: d_model / num_heads",
+        gt=0,
+        flags=("--qk-head-dim",),
+    )
+    qk_rope_head_dim: int | None = setting(
+        None,
+        "width of the decoupled RoPE part; null: half of qk_nope_head_dim",
+        gt=0,
+        flags=("--qk-pos-emb-head-dim",),
+    )
+    v_head_dim: int | None = setting(
+        None, "value width per head; null: qk_nope_head_dim", gt=0, flags=("--v-head-dim",)
+    )
+    max_context_length: int = setting(
+        4096,
+        "longest sequence the model is built for",
+        unit="tokens",
+        gt=0,
+        aliases=("max_position_embeddings",),
+        flags=("--max-position-embeddings",),
+    )
+    use_rope: bool = setting(True, "decoupled rotary position embedding; false is refused")
+    rope_theta: float = setting(10000.0, "RoPE base", gt=1, flags=("--rotary-base",))
+    rope_scaling: RopeScaling | None = setting(None, "YaRN; null: plain RoPE")
+    sliding_window: int | None = setting(
+        None,
+        "each token sees itself and the window - 1 tokens before it; null: all before it",
+        unit="tokens",
+        gt=0,
+    )
+    attn_dropout: float = setting(
+        0.0,
+        "dropout on attention probabilities",
+        ge=0,
+        lt=1,
+        aliases=("attention_dropout",),
+        flags=("--attention-dropout",),
+    )
+    use_flash_mla: bool = setting(False, "FlashAttention for MLA (CUDA only)")
+    flash_mla_backend: Literal["auto", "sparse", "dense"] = setting("auto", "flash kernel")
+    fallback_to_dense: bool = setting(True, "use the dense kernel where the flash one cannot work")
+    use_fp8_kv: bool = setting(False, "FP8 latent cache when decoding")
+
+
+class MoE(Section):
+    """Mixture of experts: DeepSeekMoE with auxiliary-loss-free balancing."""
+
+    num_experts: int = setting(
+        8, "routed experts; 0: a dense model", aliases=("n_routed_experts",), flags=("--num-experts",), ge=0
+    )
+    num_experts_per_token: int = setting(
+        2,
+        "experts chosen per token (K)",
+        aliases=("num_experts_per_tok",),
+        flags=("--moe-router-topk",),
+        gt=0,
+    )
+    expert_intermediate_size: int = setting(
+        2048,
+        "SwiGLU width of one routed expert",
+        aliases=("expert_dim", "moe_intermediate_size"),
+        flags=("--moe-ffn-hidden-size",),
+        gt=0,
+    )
+    num_shared_experts: int = setting(0, "experts every token passes", aliases=("n_shared_experts",), ge=0)
+    shared_intermediate_size: int = setting(
+        0, "SwiGLU width of one shared expert; 0: expert_intermediate_size", ge=0
+    )
+    dropout: float = setting(0.0, "dropout on the output of the MoE layer", ge=0, lt=1)
+    scoring_func: Literal["sigmoid", "softmax"] = setting(
+        "sigmoid",
+        "affinity of a token to an expert",
+        source=f"{V3}, eq. 15",
+        flags=("--moe-router-score-function",),
+    )
+    norm_topk_prob: bool = setting(True, "gates of the chosen experts sum to 1", source=f"{V3}, eq. 13")
+    routed_scaling_factor: float = setting(
+        1.0,
+        "factor on the gates",
+        source="DeepSeek-V3 config: 2.5",
+        gt=0,
+        flags=("--moe-router-topk-scaling-factor",),
+    )
+    n_group: int = setting(
+        1, "expert groups for node-limited routing", flags=("--moe-router-num-groups",), gt=0
+    )
+    topk_group: int = setting(1, "groups a token may use", flags=("--moe-router-group-topk",), gt=0)
+    use_aux_loss_free: bool = setting(
+        False,
+        "balance by a bias on the scores that choose experts",
+        source=f"{V3}, eq. 16",
+        flags=("--moe-router-enable-expert-bias",),
+    )
+    bias_update_rate: float = setting(
+        0.001,
+        "step of the balancing bias (gamma)",
+        source=V3,
+        ge=0,
+        flags=("--moe-router-bias-update-rate",),
+    )
+    balance_loss_type: Literal["sequence", "load", "entropy", "none"] = setting(
+        "sequence",
+        "auxiliary loss: sequence (V3 eq. 17-20), load (Switch, over the micro-batch), "
+        "entropy (log E - entropy of the mean routing probability), none",
+    )
+    router_aux_loss_weight: float = setting(
+        0.0001,
+        "weight of the auxiliary loss (alpha)",
+        source=V3,
+        ge=0,
+        aliases=("aux_loss_alpha",),
+        flags=("--moe-aux-loss-coeff",),
+    )
+    router_z_loss_weight: float = setting(
+        0.0,
+        "weight of the router z-loss",
+        source="ST-MoE, arXiv:2202.08906, eq. 5",
+        ge=0,
+        flags=("--moe-z-loss-coeff",),
+    )
+    router_temperature: float = setting(1.0, "router logits are divided by it", gt=0)
+    router_noise_std: float = setting(
+        0.0,
+        "std of Gaussian noise on the logits that choose experts; falls linearly to 0 over the run",
+        ge=0,
+    )
+    capacity_factor: float | None = setting(
+        None,
+        "tokens an expert takes at most, over the mean; null: no token is dropped",
+        gt=0,
+        flags=("--moe-expert-capacity-factor",),
+    )
+    min_expert_capacity: int = setting(4, "least capacity of an expert", unit="tokens", ge=0)
+    use_deep_ep: bool = setting(False, "DeepEP dispatcher (CUDA only)")
+    deep_ep_fp8: bool = setting(False, "FP8 dispatch in DeepEP")
+    deep_ep_async: bool = setting(False, "asynchronous DeepEP")
+
+
+class Model(Section):
+    """Architecture. `mla` and `moe` hold the parts."""
+
+    num_layers: int = setting(
+        12,
+        "transformer layers, MTP not counted",
+        aliases=("num_hidden_layers",),
+        flags=("--num-layers",),
+        gt=0,
+    )
+    vocab_size: int = setting(128000, "rows of the embedding table", flags=("--vocab-size",), gt=0)
+    norm_type: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "normalization")
+    norm_eps: float = setting(
+        1e-6, "epsilon of the norms", aliases=("rms_norm_eps",), flags=("--norm-epsilon",), gt=0
+    )
+    tie_word_embeddings: bool = setting(False, "output head shares the embedding table")
+    init_method_std: float = setting(
+        0.006,
+        "std of the initial weights",
+        source=V3,
+        aliases=("initializer_range",),
+        flags=("--init-method-std",),
+        gt=0,
+    )
+    intermediate_size: int | None = setting(
+        None,
+        "SwiGLU width of a dense layer; null: the active width of a MoE layer, as V3's 18432 = 9 x 2048",
+        flags=("--ffn-hidden-size",),
+        gt=0,
+    )
+    hidden_dropout: float = setting(
+        0.0, "dropout on the output of attention and FFN", ge=0, lt=1, flags=("--hidden-dropout",)
+    )
+    first_k_dense_replace: int | None = setting(None, "the first k layers are dense", source="V3: 3", ge=0)
+    dense_layer_interval: int | None = setting(
+        None, "every n-th layer, from the first on, is dense", source="configuration guide", gt=0
+    )
+    dense_layers: tuple[int, ...] | None = setting(
+        None, "the dense layers by number, from 0; excludes the two rules above"
+    )
+    mla: MLA = MLA()
+    moe: MoE = MoE()
+
+
+class SchedulePhase(Section):
+    """One piece of a schedule: from where the last one ended to `to`, reached at `until_tokens`."""
+
+    until_tokens: int = setting(..., "end of the phase, in tokens since the start", unit="tokens", gt=0)
+    to: float = setting(..., "value at the end of the phase", ge=0)
+    shape: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "constant: `to` throughout; linear, cosine: from the previous value to `to`"
+    )
+
+
+class Training(Section):
+    """Batches, length of the run, optimizer, schedules, precision, objective."""
+
+    global_batch_size: int = setting(64, "sequences per optimizer step", flags=("--global-batch-size",), gt=0)
+    micro_batch_size: int = setting(
+        2, "sequences per forward pass of one model replica", flags=("--micro-batch-size",), gt=0
+    )
+    batch_size_rampup_tokens: int = setting(
+        0,
+        "tokens over which the batch grows from rampup_start to global_batch_size",
+        unit="tokens",
+        source="V3: 469B",
+        ge=0,
+    )
+    batch_size_rampup_start: int | None = setting(
+        None, "sequences per step at the start of the ramp", source="V3: 3072", gt=0
+    )
+    seq_length: int = setting(2048, "tokens per sequence", unit="tokens", flags=("--seq-length",), gt=1)
+    total_training_tokens: int | None = setting(
+        None,
+        "length of the run; null: from train_steps, else from tokens_per_parameter_ratio",
+        unit="tokens",
+        gt=0,
+    )
+    train_steps: int | None = setting(
+        None, "length of the run in optimizer steps", unit="steps", flags=("--train-iters",), gt=0
+    )
+    tokens_per_parameter_ratio: float = setting(
+        20.0,
+        "tokens per active parameter, where neither tokens nor steps are given",
+        source="Chinchilla, arXiv:2203.15556, fitted on dense models",
+        gt=0,
+    )
+    learning_rate: float = setting(3e-4, "peak learning rate", flags=("--lr",), gt=0)
+    min_learning_rate: float = setting(3e-5, "learning rate after decay", flags=("--min-lr",), ge=0)
+    lr_warmup_steps: int = setting(
+        2000, "linear warm-up from 0", unit="steps", flags=("--lr-warmup-iters",), ge=0
+    )
+    lr_decay_style: Literal["cosine", "linear", "constant", "wsd", "multistep", "phases"] = setting(
+        "cosine", "multistep: DeepSeek LLM; phases: lr_phases", flags=("--lr-decay-style",)
+    )
+    lr_wsd_decay_fraction: float = setting(
+        0.1, "share of the run that WSD decays in", source="MiniCPM, arXiv:2404.06395", gt=0, le=1
+    )
+    lr_wsd_decay_style: Literal["linear", "cosine"] = setting(
+        "linear", "shape of WSD's decay", flags=("--lr-wsd-decay-style",)
+    )
+    lr_multistep: tuple[tuple[float, float], ...] = setting(
+        ((0.8, 0.316), (0.9, 0.1)), "(share of the run, factor on the peak) pairs", source=LLM
+    )
+    lr_phases: tuple[SchedulePhase, ...] = setting(
+        (), "the whole learning-rate schedule, warm-up included, in tokens", source=f"{V3}, section 4.2"
+    )
+    weight_decay: float = setting(
+        0.1, "decoupled weight decay; not on norms and biases", flags=("--weight-decay",), ge=0
+    )
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", flags=("--clip-grad",), ge=0)
+    optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw", "optimizer", flags=("--optimizer",))
+    adam_beta1: float = setting(0.9, "Adam beta1", flags=("--adam-beta1",), ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "Adam beta2", flags=("--adam-beta2",), ge=0, lt=1)
+    adam_eps: float = setting(1e-8, "Adam epsilon", flags=("--adam-eps",), gt=0)
+    sgd_momentum: float = setting(0.9, "momentum of SGD", flags=("--sgd-momentum",), ge=0, lt=1)
+    use_fp16: bool = setting(False, "FP16 with dynamic loss scaling (CUDA only)", flags=("--fp16",))
+    use_bf16: bool = setting(True, "BF16 with FP32 master weights; a CPU run uses FP32", flags=("--bf16",))
+    use_fp8: bool = setting(False, "FP8 through Transformer Engine (CUDA only)")
+    use_mtp: bool = setting(False, "multi-token prediction", source=f"{V3}, section 2.2")
+    num_predict_tokens: int = setting(
+        2,
+        "future tokens each position predicts, the next one included: MTP depth + 1",
+        source="V3: 2 (depth 1)",
+        aliases=("mtp_tokens",),
+        ge=2,
+    )
+    mtp_loss_weight: float = setting(
+        0.3,
+        "weight of the MTP loss (lambda)",
+        source=f"{V3}, eq. 25",
+        ge=0,
+        flags=("--mtp-loss-scaling-factor",),
+    )
+    gradient_checkpointing: Literal[False, True, "full", "selective"] = setting(
+        False, "recompute activations: full (each layer), selective (MLA up-projections and norms)"
+    )
+    log_interval: int = setting(10, "steps between log lines", unit="steps", flags=("--log-interval",), gt=0)
+    eval_interval: int = setting(
+        1000, "steps between evaluations; 0: never", unit="steps", flags=("--eval-interval",), ge=0
+    )
+    save_interval: int = setting(
+        5000, "steps between checkpoints; 0: only at the end", unit="steps", flags=("--save-interval",), ge=0
+    )
+    exit_step: int | None = setting(
+        None,
+        "stop after this step, with a checkpoint, as if the job had been cut here",
+        unit="steps",
+        gt=0,
+    )
+
+
+class Preprocessing(Section):
+    """Settings of the offline tools and of sample order."""
+
+    num_workers: int = setting(4, "processes that tokenize", gt=0)
+    shuffle: bool = setting(True, "shuffle documents and samples; false is refused")
+    shuffle_seed: int | None = setting(None, "seed of the sample order; null: the run's seed")
+
+
+class DataSource(Section):
+    """One source of the blend."""
+
+    name: str = setting(..., "name in logs and tables")
+    weight: float = setting(1.0, "share of the training tokens, normalized over the sources", ge=0)
+    subset: str | None = setting(None, "Dolma subset id; the default path is cache_dir/subset")
+    description: str = setting("", "for people")
+    path: tuple[str, ...] | str | None = setting(
+        None, "prefix or prefixes of .bin/.idx pairs; null: cache_dir/subset"
+    )
+
+
+class Data(Section):
+    """Indexed datasets, their blend and the loader."""
+
+    dataset_name: str = setting("allenai/dolma", "for the record")
+    dataset_version: str = setting("v1_6", "for the record")
+    cache_dir: str = setting("./data/cache", "where preprocessed sources and index caches lie")
+    tokenizer_path: str | None = setting(
+        None, "tokenizer.json or sentencepiece .model the data was made with", flags=("--tokenizer-model",)
+    )
+    preprocessing: Preprocessing = Preprocessing()
+    sources: tuple[DataSource, ...] = setting((), "the blend", flags=("--data-path",))
+    mixing_temperature: float = setting(1.0, "weights are raised to this power, then normalized", ge=0)
+    split: str = setting("98,1,1", "shares of train, validation, test", flags=("--split",))
+    num_workers: int = setting(
+        2, "loader processes per rank; 0: in the training process", flags=("--num-workers",), ge=0
+    )
+    prefetch_factor: int = setting(2, "batches each worker keeps ready", gt=0)
+    pin_memory: bool = setting(True, "page-locked host memory (CUDA only)")
+    persistent_workers: bool = setting(True, "keep the workers between evaluations")
+    reset_position_ids: bool = setting(
+        False, "positions restart at each document", flags=("--reset-position-ids",)
+    )
+    document_mask: bool = setting(
+        False, "tokens do not attend across documents", source="V3: off", flags=("--reset-attention-mask",)
+    )
+    eod_mask_loss: bool = setting(False, "no loss on end-of-document tokens", flags=("--eod-mask-loss",))
+
+
+class Slurm(Section):
+    """The guide's SLURM block."""
+
+    enabled: bool = setting(False, "launch through SLURM")
+    partition: str = setting("gpu", "partition")
+    nodes: int = setting(1, "nodes", gt=0)
+    ntasks_per_node: int = setting(1, "tasks per node", gt=0)
+    gpus_per_node: int = setting(1, "GPUs per node", ge=0)
+    cpus_per_task: int = setting(8, "CPUs per task", gt=0)
+    time: str = setting("24:00:00", "time limit")
+    mem: str = setting("64G", "memory per node")
+    job_name: str = setting("deepseek_v3_train", "job name")
+    output: str = setting("logs/slurm-%j.out", "stdout path")
+    error: str = setting("logs/slurm-%j.err", "stderr path")
+    account: str | None = setting(None, "account")
+    qos: str | None = setting(None, "quality of service")
+    extra_args: tuple[str, ...] = setting((), "further #SBATCH arguments")
+
+
+class DeepSpeed(Section):
+    """DeepSpeed's own settings; where enabled, they must agree with the rest (see `config.deepspeed`)."""
+
+    enabled: bool = setting(False, "launch through DeepSpeed's launcher")
+    config_file: str | None = setting(None, "DeepSpeed JSON")
+    fp16: dict[str, Any] = setting({}, "as DeepSpeed's")
+    bf16: dict[str, Any] = setting({}, "as DeepSpeed's")
+    zero_optimization: dict[str, Any] = setting({}, "as DeepSpeed's")
+    gradient_accumulation_steps: int | None = setting(None, "as DeepSpeed's")
+    gradient_clipping: float | None = setting(None, "as DeepSpeed's")
+
+
+class Distributed(Section):
+    """Processes, devices and parallel layout."""
+
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where it is, else CPU")
+    backend: Literal["auto", "nccl", "gloo", "deepspeed"] = setting(
+        "auto",
+        "auto (and deepspeed, the guide's name): nccl on CUDA, gloo on CPU",
+        flags=("--distributed-backend",),
+    )
+    launcher: Literal["torchrun", "slurm", "deepspeed"] = setting("torchrun", "launcher")
+    tensor_parallel_size: int = setting(
+        1, "tensor parallelism (TP)", flags=("--tensor-model-parallel-size",), gt=0
+    )
+    sequence_parallel: bool | None = setting(
+        None,
+        "split activations outside attention and FFN over TP; null: on when TP > 1",
+        flags=("--sequence-parallel",),
+    )
+    pipeline_parallel_size: int = setting(
+        1, "pipeline stages (PP)", flags=("--pipeline-model-parallel-size",), gt=0
+    )
+    virtual_pipeline_parallel_size: int | None = setting(
+        None,
+        "interleaved model chunks per stage (VPP)",
+        flags=("--num-virtual-stages-per-pipeline-rank",),
+        gt=1,
+    )
+    pipeline_layout: tuple[int, ...] | None = setting(
+        None,
+        "decoder layers of each (virtual) stage, in order of execution; null: the same for all",
+    )
+    expert_parallel_size: int = setting(
+        1, "ranks the experts are spread over (EP)", flags=("--expert-model-parallel-size",), gt=0
+    )
+    expert_tensor_parallel_size: int = setting(
+        1, "tensor parallelism inside an expert (ETP)", flags=("--expert-tensor-parallel-size",), gt=0
+    )
+    context_parallel_size: int = setting(
+        1, "ranks one sequence is split over (CP)", flags=("--context-parallel-size",), gt=0
+    )
+    data_parallel_size: int = setting(-1, "model replicas; -1: world size / (TP x PP x CP)", ge=-1)
+    zero_stage: Literal[0, 1, 2, 3] = setting(
+        1, "0: every rank keeps all optimizer state; 1: distributed optimizer; 2, 3: not yet"
+    )
+    zero_offload: bool = setting(False, "optimizer state in host memory (CUDA only)")
+    overlap_grad_reduce: bool = setting(
+        True, "reduce gradients during backward", flags=("--overlap-grad-reduce",)
+    )
+    overlap_param_gather: bool = setting(
+        True, "gather parameters during forward", flags=("--overlap-param-gather",)
+    )
+    timeout_minutes: float = setting(
+        10.0,
+        "a collective that takes longer ends the job",
+        unit="minutes",
+        gt=0,
+        flags=("--distributed-timeout-minutes",),
+    )
+    deepspeed: DeepSpeed = DeepSpeed()
+    slurm: Slurm = Slurm()
+
+
+class Checkpointing(Section):
+    """Where checkpoints go, which are kept, and what a run starts from."""
+
+    save_dir: str | None = setting(None, "null: output_dir/checkpoints", flags=("--save",))
+    load: str | None = setting(
+        "latest",
+        "latest (of save_dir; starts afresh when there is none), a path, or null: start afresh",
+        aliases=("resume",),
+        flags=("--load",),
+    )
+    keep_last_n: int = setting(
+        5, "newest checkpoints kept; 0: all", source="training pipeline document", ge=0
+    )
+    keep_best: bool = setting(True, "also keep the one with the lowest validation loss")
+    save_optimizer: bool = setting(True, "save the optimizer; without it a resume starts it afresh")
+    save_scheduler: bool = setting(
+        True, "save step, tokens and schedules; without it a resume starts at token 0"
+    )
+    async_save: bool = setting(True, "write in the background", flags=("--async-save",))
+
+
+class Wandb(Section):
+    """Weights & Biases (`pip install megads[wandb]`)."""
+
+    enabled: bool = setting(False, "log to Weights & Biases")
+    project: str = setting("megads", "project")
+    entity: str | None = setting(None, "team")
+    name: str | None = setting(None, "run name; null: experiment_name")
+    tags: tuple[str, ...] = setting((), "tags")
+
+
+class TensorBoard(Section):
+    """TensorBoard event files."""
+
+    enabled: bool = setting(True, "write event files")
+    log_dir: str | None = setting(None, "null: output_dir/tensorboard", flags=("--tensorboard-dir",))
+
+
+class Logging(Section):
+    """Sinks of the metrics; console and `metrics.jsonl` are always on."""
+
+    wandb: Wandb = Wandb()
+    tensorboard: TensorBoard = TensorBoard()
+
+
+class Validation(Section):
+    """Evaluation on the validation split every `training.eval_interval` steps."""
+
+    eval_steps: int = setting(10, "global batches per evaluation", flags=("--eval-iters",), gt=0)
+    per_source: bool = setting(True, "also report the loss of each source")
+
+
+class Config(Section):
+    """The whole tree."""
+
+    experiment_name: str = setting("megads", "name in logs and trackers")
+    output_dir: str = setting("outputs", "everything a run writes goes below it")
+    seed: int = setting(42, "seed of weights, order and dropout", flags=("--seed",), ge=0)
+    model: Model = Model()
+    training: Training = Training()
+    data: Data = Data()
+    distributed: Distributed = Distributed()
+    checkpointing: Checkpointing = Checkpointing()
+    logging: Logging = Logging()
+    validation: Validation = Validation()

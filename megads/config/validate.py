@@ -1,0 +1,189 @@
+"""Errors between settings, all found at once and before any process group is made.
+
+`check` collects what each rule says; a rule yields one sentence per problem: what is wrong, and what to
+do. Single values (types, limits) are the schema's business.
+"""
+
+from collections.abc import Iterator
+
+from megads.config import validate_layout, validate_model
+from megads.config.deepspeed import deepspeed_problems
+from megads.config.not_yet import missing_packages, not_yet
+from megads.config.resolve import batch_schedule, run_length
+from megads.config.schedule import learning_rate_schedule
+from megads.config.schema import Config, Training
+from megads.config.tree import get
+from megads.errors import ConfigError
+
+
+def check(config: Config, world_size: int, cuda: bool) -> None:
+    """Raises one ConfigError that lists every reason why `config` cannot run on this many processes."""
+    problems = list(find_problems(config, world_size, cuda))
+    if not problems:
+        return
+    many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"  {number}. {problem}" for number, problem in enumerate(problems, 1)]
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    raise ConfigError("\n".join([f"the configuration has {many} (for {processes}):", *lines]))
+
+
+def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
+    """Each problem as one sentence with what to do."""
+    yield from validate_model.model_problems(config)
+    yield from validate_layout.layout_problems(config, world_size)
+    yield from _training(config)
+    yield from _data(config)
+    yield from not_yet(config, cuda)
+    yield from missing_packages(config)
+    yield from deepspeed_problems(config, validate_layout.accumulation_steps(config, world_size))[0]
+
+
+def notes(config: Config) -> list[str]:
+    """Settings that differ from their default and yet change nothing in this run, with the reason."""
+    default = Config()
+    found = [
+        f"{path} has no effect: {reason}"
+        for paths, reason in _inert(config)
+        for path in paths
+        if get(config, path) != get(default, path)
+    ]
+    return found + deepspeed_problems(config, None)[1]
+
+
+def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
+    """Parameters of what is switched off, and why they do nothing."""
+    training, moe = config.training, config.model.moe
+    style = training.lr_decay_style
+    if training.optimizer == "sgd":
+        yield ["training.adam_beta1", "training.adam_beta2", "training.adam_eps"], "the optimizer is sgd"
+    else:
+        yield ["training.sgd_momentum"], f"the optimizer is {training.optimizer}"
+    if not training.use_mtp:
+        yield ["training.num_predict_tokens", "training.mtp_loss_weight"], "training.use_mtp is false"
+    if style != "multistep":
+        yield ["training.lr_multistep"], f"lr_decay_style is {style}"
+    if style != "wsd":
+        yield ["training.lr_wsd_decay_fraction", "training.lr_wsd_decay_style"], f"lr_decay_style is {style}"
+    if style in ("constant", "multistep"):
+        yield ["training.min_learning_rate"], f"lr_decay_style is {style}, which has no minimum"
+    if training.total_training_tokens is not None:
+        yield ["training.train_steps"], "total_training_tokens comes first"
+        yield ["training.tokens_per_parameter_ratio"], "total_training_tokens comes first"
+    elif training.train_steps is not None:
+        yield ["training.tokens_per_parameter_ratio"], "train_steps comes first"
+    if not moe.use_aux_loss_free:
+        yield ["model.moe.bias_update_rate"], "use_aux_loss_free is false"
+    if moe.balance_loss_type == "none":
+        yield ["model.moe.router_aux_loss_weight"], "balance_loss_type is none"
+    if moe.capacity_factor is None:
+        yield ["model.moe.min_expert_capacity"], "capacity_factor is null, so nothing is dropped"
+
+
+def _training(config: Config) -> Iterator[str]:
+    training = config.training
+    if training.use_fp16 and training.use_bf16:
+        yield "training.use_fp16 and training.use_bf16 exclude each other: set use_bf16 to false for FP16"
+    if training.seq_length > config.model.mla.max_context_length:
+        yield (
+            f"training.seq_length = {training.seq_length} is more than model.mla.max_context_length = "
+            f"{config.model.mla.max_context_length}: raise the context length, or shorten the sequences"
+        )
+    if training.lr_decay_style != "phases" and training.min_learning_rate > training.learning_rate:
+        yield (
+            f"training.min_learning_rate = {training.min_learning_rate:g} is above learning_rate = "
+            f"{training.learning_rate:g}: lower it"
+        )
+    yield from _phases(training)
+    yield from _length(config)
+
+
+def _phases(training: Training) -> Iterator[str]:
+    if training.lr_decay_style != "phases":
+        return
+    default = Training()
+    for name in ("learning_rate", "min_learning_rate", "lr_warmup_steps"):
+        if getattr(training, name) != getattr(default, name):
+            yield (
+                f'training.{name} cannot act with lr_decay_style "phases": lr_phases is the whole schedule, '
+                f"warm-up included; put the value there and leave {name} out"
+            )
+    if training.lr_phases and not any(phase.to > 0 for phase in training.lr_phases):
+        yield "training.lr_phases never leaves 0: give at least one phase a positive `to`"
+
+
+def _length(config: Config) -> Iterator[str]:
+    """Batch ramp, length of the run, and the learning rate over it."""
+    training = config.training
+    try:
+        batch = batch_schedule(training)
+    except ValueError as error:
+        yield (
+            f"{error} (training.global_batch_size, training.batch_size_rampup_start, "
+            "training.batch_size_rampup_tokens)"
+        )
+        return
+    total_tokens, train_steps = run_length(config)
+    last = training.lr_phases[-1].until_tokens if training.lr_phases else None
+    if training.lr_decay_style == "phases" and last is not None and last < total_tokens:
+        yield (
+            f"training.lr_phases ends at {last:,} tokens but the run has {total_tokens:,}: add a phase for "
+            "the rest, or shorten the run"
+        )
+    if training.lr_decay_style != "phases" and training.lr_warmup_steps > train_steps:
+        yield (
+            f"training.lr_warmup_steps = {training.lr_warmup_steps} is more than the {train_steps} steps of "
+            "the run: shorten the warm-up or lengthen the run"
+        )
+        return
+    try:
+        learning_rate_schedule(training, total_tokens, batch)
+    except ConfigError as error:
+        yield str(error)
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.preprocessing.shuffle:
+        yield (
+            "data.preprocessing.shuffle = false is refused: documents in file order are no training set, and "
+            "Megatron-Core's index always shuffles; set it to true and fix preprocessing.shuffle_seed instead"
+        )
+    yield from _split(config)
+    if not data.sources:
+        yield (
+            "data.sources is empty: name at least one preprocessed dataset there, or give "
+            "--data-path PREFIX (tools/preprocess_dolma.py makes one)"
+        )
+        return
+    if sum(source.weight for source in data.sources) <= 0:
+        yield "the weights of data.sources are all 0: give at least one source a positive weight"
+    names = [source.name for source in data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield (
+            f"data.sources has more than one source named {name!r}: names keep them apart in logs, change one"
+        )
+    for source in data.sources:
+        if not source.path and source.subset is None:
+            yield (
+                f"data.sources: {source.name!r} has neither path nor subset: give one, to say where its "
+                "files lie"
+            )
+
+
+def _split(config: Config) -> Iterator[str]:
+    text, training = config.data.split, config.training
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
+        yield (
+            f"data.split = {text!r} must be three numbers, shares of train, validation and test, the first "
+            "of "
+            'them positive: "98,1,1"'
+        )
+    elif shares[1] == 0 and training.eval_interval > 0:
+        yield (
+            f"data.split = {text!r} leaves nothing for validation, but training.eval_interval is "
+            f"{training.eval_interval}: give validation a share, or set eval_interval to 0"
+        )
