@@ -1,0 +1,1 @@
+"""All that MegaDS knows of Megatron-Core's machinery: version, devices, groups, configuration."""

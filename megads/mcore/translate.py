@@ -1,0 +1,158 @@
+"""Our configuration in Megatron-Core's terms: the only place where its names are mapped."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.utils import init_method_normal
+
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pipeline_layout(resolved: Resolved) -> list[list[str]] | None:
+    """What each virtual pipeline stage holds, in order of execution; None without pipelining."""
+    if resolved.pp == 1:
+        return None
+    layout = [["decoder"] * count for count in resolved.pipeline_layout]
+    layout[0].insert(0, "embedding")
+    layout[-1] += ["mtp"] * resolved.shape.mtp_depth + ["loss"]
+    return layout
+
+
+def _recompute(config: Config) -> dict[str, Any]:
+    match config.training.gradient_checkpointing:
+        case False:
+            return {}
+        case True | "full":
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            }
+        case _:
+            return {
+                "recompute_granularity": "selective",
+                "recompute_modules": ["layernorm", "mla_up_proj"],
+            }
+
+
+def _experts(config: Config, resolved: Resolved) -> dict[str, Any]:
+    moe, shape = config.model.moe, resolved.shape
+    if not any(shape.is_moe):
+        return {}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(is_moe) for is_moe in shape.is_moe],
+        "moe_ffn_hidden_size": moe.expert_intermediate_size,
+        "moe_shared_expert_intermediate_size": shape.shared_intermediate_size or None,
+        "moe_router_topk": moe.num_experts_per_token,
+        # The router is ours (model/router.py); Megatron-Core must add no loss of its own.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": moe.capacity_factor,
+    }
+
+
+def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConfig:
+    """The model's shape, layout and numerics for Megatron-Core's modules and schedules."""
+    model, shape = config.model, resolved.shape
+    init = init_method_normal(model.init_method_std)
+    dtype = DTYPES[resolved.precision]
+    return MLATransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.mla.d_model,
+        num_attention_heads=model.mla.num_heads,
+        ffn_hidden_size=shape.intermediate_size,
+        q_lora_rank=model.mla.q_lora_rank,
+        kv_lora_rank=model.mla.d_latent,
+        qk_head_dim=shape.qk_nope_head_dim,
+        qk_pos_emb_head_dim=shape.qk_rope_head_dim,
+        v_head_dim=shape.v_head_dim,
+        rope_type="rope",  # our MLA makes its own tables; this only keeps YaRN's validation away
+        normalization="RMSNorm" if model.norm_type == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.mla.attn_dropout,
+        init_method=init,
+        output_layer_init_method=init,  # V3 uses one std for all weights
+        embedding_init_method=init,
+        # model/init.py fills every weight by name, so that it is the same in every layout.
+        perform_initialization=False,
+        use_cpu_initialization=resolved.device == "cpu",
+        mtp_num_layers=shape.mtp_depth or None,
+        mtp_loss_scaling_factor=config.training.mtp_loss_weight,
+        tensor_model_parallel_size=resolved.tp,
+        sequence_parallel=resolved.sequence_parallel,
+        pipeline_model_parallel_size=resolved.pp,
+        virtual_pipeline_model_parallel_size=resolved.vpp,
+        pipeline_model_parallel_layout=pipeline_layout(resolved),
+        # Interleaving between two ranks sends to and receives from the same peer twice at a time, which
+        # batched operations would mix up.
+        overlap_p2p_comm=resolved.vpp is not None,
+        batch_p2p_comm=resolved.vpp is None,
+        context_parallel_size=resolved.cp,
+        expert_model_parallel_size=resolved.ep,
+        expert_tensor_parallel_size=resolved.etp,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=resolved.precision == "bf16",
+        fp16=resolved.precision == "fp16",
+        # Losses are sums over tokens; gradients are divided once by the tokens of the global batch,
+        # so that masks and layouts do not change the weight of a token.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        moe_permute_fusion=False,
+        transformer_impl="local",
+        **_experts(config, resolved),
+        **_recompute(config),
+    )
+
+
+def ddp_config(config: Config, resolved: Resolved) -> DistributedDataParallelConfig:
+    """Gradient buckets, their reduction and the sharding of the optimizer."""
+    distributed = config.distributed
+    sharded = distributed.zero_stage == 1
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=distributed.overlap_grad_reduce and resolved.dp * resolved.cp > 1,
+        overlap_param_gather=sharded
+        and distributed.overlap_param_gather
+        and distributed.overlap_grad_reduce
+        and resolved.dp * resolved.cp > 1,
+        use_distributed_optimizer=sharded,
+        average_in_collective=False,
+    )
+
+
+def optimizer_config(config: Config, resolved: Resolved) -> OptimizerConfig:
+    """Optimizer hyperparameters; the learning rate is set anew at each step."""
+    training = config.training
+    return OptimizerConfig(
+        optimizer="sgd" if training.optimizer == "sgd" else "adam",
+        decoupled_weight_decay=training.optimizer == "adamw",
+        lr=training.learning_rate,
+        min_lr=training.min_learning_rate,
+        weight_decay=training.weight_decay,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        sgd_momentum=training.sgd_momentum,
+        clip_grad=training.grad_clip,
+        bf16=resolved.precision == "bf16",
+        fp16=resolved.precision == "fp16",
+        params_dtype=DTYPES[resolved.precision],
+        use_distributed_optimizer=config.distributed.zero_stage == 1,
+        overlap_param_gather=ddp_config(config, resolved).overlap_param_gather,
+    )

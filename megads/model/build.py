@@ -1,0 +1,45 @@
+"""From a configuration to this rank's model chunks."""
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+from megads.mcore.translate import transformer_config
+from megads.model.init import initialize_weights
+from megads.model.language_model import LanguageModel
+
+
+def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
+    """This rank's model chunks, initialized: one, or one per virtual pipeline stage.
+
+    The process groups must exist. 16-bit models come wrapped in Megatron-Core's `Float16Module`.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    transformer = transformer_config(config, resolved)
+    chunks: list[torch.nn.Module] = []
+    for chunk in range(resolved.vpp or 1):
+        vp_stage = chunk if resolved.vpp else None
+        model = LanguageModel(
+            config,
+            resolved,
+            transformer,
+            groups,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        initialize_weights(model, groups, config.model.init_method_std, config.seed)
+        if resolved.device == "cuda":
+            model.cuda()
+        chunks.append(model if resolved.precision == "fp32" else Float16Module(transformer, model))
+    return chunks
+
+
+def unwrap(chunk: torch.nn.Module) -> LanguageModel:
+    """The model inside data-parallel and 16-bit wrappers."""
+    while not isinstance(chunk, LanguageModel):
+        chunk = chunk.module  # type: ignore[assignment]
+    return chunk

@@ -1,0 +1,79 @@
+"""Routed experts as one stacked weight and grouped matrix products: no loop over experts.
+
+Works wherever `torch.nn.functional.grouped_mm` does (CPU, Hopper), without Transformer Engine.
+
+Shapes: T dispatched tokens sorted by expert, E local experts, H hidden, I expert width (its local
+part under expert tensor parallelism).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class GroupedExperts(MegatronModule):
+    """SwiGLU experts: `weight1` [E, 2, I, H] (gate, up), `weight2` [E, H, I]."""
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.groups = pg_collection
+        self.num_local_experts = num_local_experts
+        tensor_parallel = pg_collection.expt_tp.size()
+        width, hidden, dtype = (
+            config.moe_ffn_hidden_size // tensor_parallel,
+            config.hidden_size,
+            config.params_dtype,
+        )
+        self.weight1 = torch.nn.Parameter(torch.empty(num_local_experts, 2, width, hidden, dtype=dtype))
+        self.weight2 = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
+        for weight in (self.weight1, self.weight2):
+            # Expert gradients are reduced over the expert data-parallel group, whose size follows from
+            # EP and expert TP alone; also without expert parallelism, where expert TP may differ from TP.
+            weight.allreduce = False  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = tensor_parallel > 1  # type: ignore[attr-defined]
+
+    def forward(self, tokens_TH: Tensor, tokens_per_expert: Tensor, gates_T: Tensor) -> tuple[Tensor, None]:
+        """Gated expert outputs [T, H]: gate * down(silu(gate_proj(x)) * up_proj(x))."""
+        if tokens_TH.shape[0] == 0:
+            # Nothing was routed here, yet every weight must take part in backward.
+            return tokens_TH + 0.0 * (self.weight1.sum() + self.weight2.sum()), None
+        ends = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
+        weight1 = self.weight1.flatten(1, 2).transpose(1, 2)
+        gate, up = F.grouped_mm(tokens_TH, weight1, offs=ends).chunk(2, dim=-1)
+        hidden_TI = F.silu(gate) * up * gates_T.unsqueeze(-1).to(gate.dtype)
+        return F.grouped_mm(hidden_TI, self.weight2.transpose(1, 2), offs=ends), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are computed with the input gradients: nothing is left to do."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, ShardedTensor]:
+        """Experts split over EP along the first axis and over expert TP along their width."""
+        groups, axes = self.groups, len(sharded_offsets)
+        ep, tp = groups.ep, groups.expt_tp
+        width_axis = {"weight1": 2, "weight2": 2}
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}",
+                weight,  # the parameter itself: the optimizer finds its state by identity
+                *sharded_offsets,
+                (axes, ep.rank(), ep.size()),
+                (axes + width_axis[name], tp.rank(), tp.size()),
+                replica_id=(0, 0, groups.expt_dp.rank()),
+                prepend_axis_num=axes,
+            )
+            for name, weight in (("weight1", self.weight1), ("weight2", self.weight2))
+        }

@@ -1,0 +1,80 @@
+"""Initial weights that do not depend on the parallel layout.
+
+Each weight is drawn as a whole from a generator seeded by the run's seed and the weight's name, and
+each rank keeps its slice. A run therefore starts from the same model under every TP, PP, EP and DP, on
+CPU and on GPU. All weights have the same standard deviation (DeepSeek-V3, section 4.2: 0.006); norms
+start at one.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megads.model.experts import GroupedExperts
+from megads.model.language_model import LanguageModel
+from megads.model.norm import Norm
+
+
+def canonical_names(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """This stage's parameters under their names in the whole model: layers counted over all stages."""
+    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, index, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(index) + offset}.{rest}"
+        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
+        yield name, parameter
+
+
+def draw_whole(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """The whole weight, float32 on the CPU: a function of name, shape and seed alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+
+def local_slice(whole: Tensor, parameter: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """The part of a whole weight that a tensor-parallel rank holds, by the parameter's attributes."""
+    if tp_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
+    # Stride 2: gate and up projections are stacked, and each is split.
+    parts = [part.chunk(tp_size, dim)[tp_rank] for part in whole.chunk(stride, dim)]
+    return torch.cat(parts, dim)
+
+
+def _draw_experts(
+    name: str, parameter: Tensor, groups: ProcessGroupCollection, std: float, seed: int
+) -> None:
+    """Expert by expert, so that no rank draws more than it holds (times expert TP)."""
+    etp, first = groups.expt_tp, groups.ep.rank() * parameter.shape[0]
+    shape = list(parameter.shape[1:])
+    shape[1] *= etp.size()
+    for local, expert in enumerate(parameter):
+        whole = draw_whole(f"{name}.{first + local}", tuple(shape), std, seed)
+        expert.copy_(whole.chunk(etp.size(), dim=1)[etp.rank()])
+
+
+@torch.no_grad()
+def initialize_weights(model: LanguageModel, groups: ProcessGroupCollection, std: float, seed: int) -> None:
+    """Fill every parameter of a stage in place."""
+    norms = {id(p) for module in model.modules() if isinstance(module, Norm) for p in module.parameters()}
+    experts = {
+        id(p) for module in model.modules() if isinstance(module, GroupedExperts) for p in module.parameters()
+    }
+    tp = groups.tp
+    for name, parameter in canonical_names(model):
+        if id(parameter) in norms:
+            continue  # built as ones and zeros
+        if id(parameter) in experts:
+            _draw_experts(name, parameter, groups, std, seed)
+            continue
+        shape = list(parameter.shape)
+        if getattr(parameter, "tensor_model_parallel", False):
+            shape[parameter.partition_dim] *= tp.size()  # type: ignore[attr-defined]
+        whole = draw_whole(name, tuple(shape), std, seed)
+        parameter.copy_(local_slice(whole, parameter, tp.rank(), tp.size()))

@@ -1,0 +1,154 @@
+"""The language model: embedding, Megatron-Core's `TransformerBlock` with our layers, MTP, output head.
+
+It stands on Megatron-Core's `LanguageModule`, as `GPTModel` does, but leaves the losses explicit:
+one per token and prediction depth. `GPTModel` adds the MTP loss behind the caller's back, normalized by
+the rank's own tokens, which is not the same number under context parallelism.
+
+Shapes: B batch, S this rank's part of the sequence (under context parallelism), H hidden,
+K = 1 + MTP depth predictions per position.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock, roll_tensor
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+from megads.model.layers import block_submodules, mtp_spec
+from megads.model.rope import rotary_table
+
+
+class LanguageModel(LanguageModule):
+    """One (virtual) pipeline stage of the model.
+
+    `vp_stage` is the model chunk under interleaved pipelining. The first stage holds the embedding, the
+    last one MTP, the output head and, for MTP, a copy of the embedding that Megatron-Core keeps equal.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        resolved: Resolved,
+        transformer_config: MLATransformerConfig,
+        groups: ProcessGroupCollection,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=transformer_config, pg_collection=groups)
+        shape, model = resolved.shape, config.model
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = model.tie_word_embeddings
+        self.mla = model.mla
+        self.rope_dim = shape.qk_rope_head_dim
+        self.mtp_depth = shape.mtp_depth
+        self.mtp_process = post_process and self.mtp_depth > 0
+        if pre_process or self.mtp_process:
+            self.embedding = LanguageModelEmbedding(
+                transformer_config,
+                model.vocab_size,
+                model.mla.max_context_length,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
+        pp_rank = groups.pp.rank()
+        self.decoder = TransformerBlock(
+            transformer_config,
+            block_submodules(
+                config,
+                shape.is_moe,
+                get_transformer_layer_offset(transformer_config, vp_stage, pp_rank),
+                get_num_layers_to_build(transformer_config, vp_stage, pp_rank),
+            ),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        if self.mtp_process:
+            self.mtp = MultiTokenPredictionBlock(
+                transformer_config,
+                mtp_spec(config, shape.is_moe[-1], self.mtp_depth),
+                vp_stage=vp_stage,
+                pg_collection=groups,
+            )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                transformer_config.hidden_size,
+                model.vocab_size,
+                config=transformer_config,
+                init_method=transformer_config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.share_embeddings_and_output_weights
+                and (pre_process or self.mtp_process),
+                tp_group=groups.tp,
+            )
+        if pre_process or post_process:
+            # Marks the copies of the embedding, so that their gradients are summed over the stages.
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
+        """Activations from the previous stage, given by the pipeline schedule."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(
+        self,
+        tokens_BS: Tensor | None,
+        labels_BS: Tensor | None,
+        positions_BS: Tensor,
+        documents_BS: Tensor | None = None,
+    ) -> Tensor:
+        """Losses per token, or activations for the next stage.
+
+        Args:
+            tokens_BS: this rank's tokens; None on stages without embedding.
+            labels_BS: the next tokens; None: logits instead of losses.
+            positions_BS: positions of the whole sequence, [1, S_whole] where all samples share them.
+            documents_BS: document number of each token of the whole sequence, to mask attention
+                across documents; None: no mask.
+
+        Returns:
+            On the last stage cross-entropies [K, B, S] in float32, or logits [K, B, S, V] of this
+            rank's vocabulary part; prediction k is of the token k + 1 ahead, and its last k positions
+            of a sequence have no label (their loss is meaningless). Else activations [S, B, H].
+        """
+        table = rotary_table(self.mla, self.rope_dim, positions_BS.transpose(0, 1))
+        hidden = None
+        if self.pre_process:
+            hidden = self.embedding(input_ids=tokens_BS, position_ids=None)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=documents_BS, rotary_pos_emb=table)
+        if not self.post_process:
+            return hidden
+        if self.mtp_process:
+            hidden = self.mtp(
+                input_ids=tokens_BS,
+                position_ids=None,
+                hidden_states=hidden,
+                attention_mask=documents_BS,
+                rotary_pos_emb=table,
+                embedding=self.embedding,
+            )
+        return self._predict(hidden, labels_BS)
+
+    def _predict(self, hidden: Tensor, labels_BS: Tensor | None) -> Tensor:
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        predictions = []
+        for depth, hidden_SBH in enumerate(hidden.chunk(1 + self.mtp_depth, dim=0)):
+            logits_SBV, _ = self.output_layer(hidden_SBH, weight=tied)
+            if labels_BS is None:
+                predictions.append(logits_SBV.transpose(0, 1))
+                continue
+            if depth > 0:
+                labels_BS, _ = roll_tensor(labels_BS, shifts=-1, dims=-1, cp_group=self.cp_group)
+            predictions.append(self.compute_language_model_loss(labels_BS, logits_SBV.float()))
+        return torch.stack(predictions)

@@ -1,0 +1,106 @@
+"""Which module stands where in each transformer layer: MLA everywhere, a dense FFN or experts after it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megads.config.schema import Config, MoE
+from megads.model.experts import GroupedExperts
+from megads.model.mla import MultiLatentAttention
+from megads.model.norm import Norm
+from megads.model.router import Router
+
+
+class DropoutMoELayer(MoELayer):
+    """Megatron-Core's MoE layer with dropout on its output (`model.moe.dropout`)."""
+
+    dropout: float = 0.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(*args, **kwargs)
+        return torch.nn.functional.dropout(output, self.dropout, self.training), bias
+
+
+def _build_moe_layer(moe: MoE, **kwargs: Any) -> MoELayer:
+    submodules = MoESubmodules(
+        experts=GroupedExperts,
+        router=partial(Router, moe=moe),
+        shared_experts=partial(
+            SharedExpertMLP,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        ),
+    )
+    layer = DropoutMoELayer(submodules=submodules, **kwargs)
+    layer.dropout = moe.dropout
+    return layer
+
+
+def layer_spec(config: Config, is_moe: bool) -> ModuleSpec:
+    """One pre-norm layer: norm, MLA, residual; norm, FFN or experts, residual."""
+    mlp: Callable[..., torch.nn.Module]
+    if is_moe:
+        mlp = partial(_build_moe_layer, moe=config.model.moe)
+    else:
+        mlp = partial(
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        )
+    # Megatron-Core's MTP layer looks for the mask type among the parameters.
+    attention = {"mla": config.model.mla, "attn_mask_type": AttnMaskType.causal}
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(module=MultiLatentAttention, params=attention),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_submodules(
+    config: Config, is_moe: tuple[bool, ...], first_layer: int, layers: int
+) -> TransformerBlockSubmodules:
+    """The layers `first_layer` on of the decoder, counted from 0."""
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config, moe) for moe in is_moe[first_layer : first_layer + layers]],
+        layer_norm=Norm,
+    )
+
+
+def mtp_spec(config: Config, is_moe: bool, depth: int) -> ModuleSpec:
+    """`depth` MTP modules (DeepSeek-V3, section 2.2), each with one layer like the decoder's last."""
+    layer = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=Norm,
+            hnorm=Norm,
+            eh_proj=ColumnParallelLinear,
+            mtp_model_layer=layer_spec(config, is_moe),
+            layer_norm=Norm,
+        ),
+    )
+    return ModuleSpec(
+        module=MultiTokenPredictionBlock,
+        submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * depth),
+    )

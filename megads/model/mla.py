@@ -1,0 +1,199 @@
+"""Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) on Megatron-Core's linears.
+
+Queries and keys/values pass through low-rank latents; the down-projections are replicated over tensor
+parallelism (they are small, and what is gathered over the sequence is then the latent, not the hidden
+state), the up-projections are split over heads. One rotary key is shared by all heads.
+
+Not here: decoding over the latent cache.
+
+Shapes: S sequence (its local part under sequence and context parallelism), B batch, H hidden,
+N local heads, C latent, R rope width, D query/key width, V value width.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor
+
+from megads.config.schema import MLA
+from megads.model.attention import core_attention
+from megads.model.context_parallel import gather_sequence, local_chunks, local_positions, order_after_gather
+from megads.model.norm import Norm
+from megads.model.rope import rotate, softmax_scale
+
+
+# DeepSeek's code leaves the norms on the latents at this epsilon whatever the model's own is.
+LATENT_NORM_EPS = 1e-6
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """A linear layer that every tensor-parallel rank holds whole."""
+
+    def __init__(self, in_features: int, out_features: int, config: MLATransformerConfig) -> None:
+        super().__init__(in_features, out_features, bias=False, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class MultiLatentAttention(MegatronModule):
+    """Self-attention of a `TransformerLayer`: [S, B, H] -> [S, B, H].
+
+    `rotary_pos_emb` is the table of `rope.rotary_table` for the whole sequence, `attention_mask` the
+    document number of each token of the whole sequence [B, S] or None.
+    """
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        layer_number: int,
+        mla: MLA,
+        pg_collection: ProcessGroupCollection,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config)
+        assert attn_mask_type == AttnMaskType.causal, "MTP and the decoder are causal"
+        self.layer_number = layer_number
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
+        self.local_heads = config.num_attention_heads // self.tp_group.size()
+        self.qk_head_dim = config.qk_head_dim + config.qk_pos_emb_head_dim
+        self.scale = softmax_scale(mla, self.qk_head_dim)
+        self.window = mla.sliding_window
+        self.dropout = mla.attn_dropout
+        self.recompute_up_projection = (
+            config.recompute_granularity == "selective" and "mla_up_proj" in config.recompute_modules
+        )
+        heads = config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.linear_q_proj = self._split_over_heads(config.hidden_size, heads * self.qk_head_dim)
+        else:
+            self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, config.q_lora_rank, config)
+            self.q_layernorm = Norm(config, config.q_lora_rank, LATENT_NORM_EPS)
+            self.linear_q_up_proj = self._split_over_heads(config.q_lora_rank, heads * self.qk_head_dim)
+        latent_and_rope = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent_and_rope, config)
+        self.kv_layernorm = Norm(config, config.kv_lora_rank, LATENT_NORM_EPS)
+        self.linear_kv_up_proj = self._split_over_heads(
+            config.kv_lora_rank, heads * (config.qk_head_dim + config.v_head_dim)
+        )
+        self.linear_proj = RowParallelLinear(
+            heads * config.v_head_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=self.tp_group,
+        )
+
+    def _split_over_heads(self, in_features: int, out_features: int) -> ColumnParallelLinear:
+        return ColumnParallelLinear(
+            in_features,
+            out_features,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_group=self.tp_group,
+        )
+
+    def _gather_rope_key(self, key_SBR: Tensor) -> Tensor:
+        """The shared rotary key of the whole sequence; all heads' gradients are summed into it."""
+        key_SBR = gather_sequence(key_SBR, self.cp_group)
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(key_SBR, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(key_SBR, group=self.tp_group)
+
+    def _project_up(
+        self, q_latent_SBC: Tensor, kv_latent_SBC: Tensor, rope_key_SBR: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of this rank's tokens, keys and values of the whole sequence: [B, N, S, *] each.
+
+        Under context parallelism this is where the ranks exchange latents.
+        """
+        config, heads = self.config, self.local_heads
+        up = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
+        q_SBND = up(q_latent_SBC)[0].unflatten(-1, (heads, self.qk_head_dim))
+        kv_SBNX = self.linear_kv_up_proj(gather_sequence(kv_latent_SBC, self.cp_group))[0].unflatten(
+            -1, (heads, config.qk_head_dim + config.v_head_dim)
+        )
+        rope_key_SBR = self._gather_rope_key(rope_key_SBR)
+        q_table = table
+        cp = self.cp_group.size()
+        if cp > 1:
+            tp = self.tp_group.size() if config.sequence_parallel else 1
+            order = torch.tensor(order_after_gather(kv_SBNX.shape[0], tp, cp), device=kv_SBNX.device)
+            kv_SBNX, rope_key_SBR = kv_SBNX[order], rope_key_SBR[order]
+            q_table = table[:, local_positions(table.shape[1], self.cp_group, table.device)]
+        k_nope, v_SBNV = kv_SBNX.split((config.qk_head_dim, config.v_head_dim), dim=-1)
+        q_nope, q_rope = q_SBND.split((config.qk_head_dim, config.qk_pos_emb_head_dim), dim=-1)
+        k_rope = rotate(rope_key_SBR.unsqueeze(2), table).expand(-1, -1, heads, -1)
+        q_SBND = torch.cat((q_nope, rotate(q_rope, q_table)), dim=-1)
+        k_SBND = torch.cat((k_nope, k_rope), dim=-1)
+        return q_SBND.permute(1, 2, 0, 3), k_SBND.permute(1, 2, 0, 3), v_SBNV.permute(1, 2, 0, 3)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None) -> Tensor:
+        """Attention of each contiguous chunk of this rank's queries: [S, B, N * V]."""
+        chunks = local_chunks(self.cp_group.size(), self.cp_group.rank())
+        parts = [
+            core_attention(
+                queries,
+                k,
+                v,
+                scale=self.scale,
+                first_query=chunk * queries.shape[2],
+                window=self.window,
+                documents_BK=documents_BS,
+                dropout=self.dropout if self.training else 0.0,
+            )
+            for chunk, queries in zip(chunks, q.chunk(len(chunks), dim=2), strict=True)
+        ]
+        context_BNSV = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return context_BNSV.permute(2, 0, 1, 3).flatten(2)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention output [S, B, H] and no bias, as `TransformerLayer` expects."""
+        assert rotary_pos_emb is not None, "the model passes the rotary table"
+        config = self.config
+        if config.q_lora_rank is None:
+            q_latent = hidden_states
+        else:
+            q_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states))
+        kv_latent, rope_key = self.linear_kv_down_proj(hidden_states).split(
+            (config.kv_lora_rank, config.qk_pos_emb_head_dim), dim=-1
+        )
+        kv_latent = self.kv_layernorm(kv_latent)
+
+        checkpoint = CheckpointWithoutOutput() if self.recompute_up_projection and self.training else None
+        project_up = self._project_up
+        if checkpoint is not None:
+            q, k, v = checkpoint.checkpoint(project_up, q_latent, kv_latent, rope_key, rotary_pos_emb)
+        else:
+            q, k, v = project_up(q_latent, kv_latent, rope_key, rotary_pos_emb)
+        if self.dropout and self.training and not config.sequence_parallel:
+            with get_cuda_rng_tracker().fork():  # heads are split: each rank drops its own
+                context = self._attend(q, k, v, attention_mask)
+        else:
+            context = self._attend(q, k, v, attention_mask)
+        if checkpoint is not None:
+            checkpoint.discard_output_and_register_recompute(context)
+        return self.linear_proj(context)
