@@ -1,0 +1,212 @@
+"""Megatron-Core's indexed datasets: `.bin` (token ids, one document after the other) and `.idx`.
+
+The layout is that of `megatron/core/datasets/indexed_dataset.py`, which this module matches byte for
+byte without needing torch. `.idx`: 9 bytes of magic, uint64 version, uint8 type code, uint64 number
+of sequences n, uint64 n + 1; then n int32 lengths in tokens, n int64 byte offsets into `.bin`, and
+n + 1 int64 document boundaries. A document is one sequence here.
+
+Megatron-Core's reader asserts a few header fields and notices a truncated `.bin` only when training
+reaches it, so a third file, `.json`, records what the pair must be (see `manifest`). All three appear
+at once or not at all.
+"""
+
+import fcntl
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megads.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+# Type codes of Megatron-Core that can hold token ids.
+TOKEN_TYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype(np.uint8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    8: np.dtype(np.uint16),
+}
+UINT16_VOCABULARY = 65_500  # Megatron-Core stores vocabularies below this as uint16, others as int32
+MAX_DOCUMENT_TOKENS = 2**31 - 1
+COPY_ITEMS = 1 << 20
+
+
+def token_type(vocab_size: int) -> np.dtype[Any]:
+    """The element type that Megatron-Core gives to a vocabulary of this size."""
+    return np.dtype(np.uint16 if vocab_size < UINT16_VOCABULARY else np.int32)
+
+
+def data_files(prefix: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
+    """The `.bin`, `.idx` and `.json` of a dataset."""
+    name = os.fspath(prefix)
+    return Path(name + ".bin"), Path(name + ".idx"), Path(name + ".json")
+
+
+def refuse_existing(prefix: str | os.PathLike[str]) -> None:
+    """Raise DataError if any file of this dataset is there."""
+    existing = [file.name for file in data_files(prefix) if file.exists()]
+    if existing:
+        raise DataError(
+            f"{os.fspath(prefix)}: {', '.join(existing)} exist already. Overwrite them (--overwrite) or "
+            "write elsewhere."
+        )
+
+
+class IndexedWriter:
+    """Streams documents into a `.bin`/`.idx` pair; memory does not grow with the dataset.
+
+    Use as a context manager and call `finish` inside it; leaving without removes what was written.
+    Only one process can write a prefix at a time: a second one gets a DataError, while what a killed
+    one left behind is reused.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, *, overwrite: bool = False) -> None:
+        self.prefix = Path(prefix)
+        self.dtype = token_type(vocab_size)
+        self.documents = 0
+        self.tokens = 0
+        self._published = False
+        if not overwrite:
+            refuse_existing(prefix)
+        try:
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._partial = tuple(_partial_path(file) for file in data_files(prefix))
+            self._bin = _open_exclusively(self._partial[0])
+            self._lengths = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
+        except OSError as error:
+            raise DataError(f"{self.prefix}: cannot be written: {error}.") from error
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int32]) -> None:
+        """Append documents: their tokens [sum of lengths] in one array, and each one's length [n]."""
+        assert tokens.dtype == self.dtype, f"tokens are {tokens.dtype}, the file holds {self.dtype}"
+        assert int(lengths.sum(dtype=np.int64)) == tokens.size, "lengths do not add up to the tokens"
+        data = tokens.tobytes()
+        self._bin.write(data)
+        self._hash.update(data)
+        self._lengths.write(lengths.astype(np.int32, copy=False).tobytes())
+        self.documents += lengths.size
+        self.tokens += tokens.size
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write index and record, bring all to the disk, then give them their names.
+
+        `record` gets the sizes and hashes of both files added. Readers need the `.idx`, so an old one
+        goes first and the new one comes last but for the record: no moment shows a mixed pair.
+        """
+        import orjson
+
+        bin_partial, idx_partial, record_partial = self._partial
+        idx_hash = self._write_index(idx_partial)
+        record["bin"] = {"bytes": self.tokens * self.dtype.itemsize, "sha256": self._hash.hexdigest()}
+        record["idx"] = {"bytes": idx_partial.stat().st_size, "sha256": idx_hash}
+        with open(record_partial, "wb") as file:
+            file.write(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
+            _to_disk(file)
+        _to_disk(self._bin)
+        bin_path, idx_path, record_path = data_files(self.prefix)
+        for old in (idx_path, record_path):
+            old.unlink(missing_ok=True)
+        os.replace(bin_partial, bin_path)
+        os.replace(idx_partial, idx_path)
+        os.replace(record_partial, record_path)
+        _directory_to_disk(self.prefix.parent)
+        self._published = True
+
+    def _write_index(self, path: Path) -> str:
+        """Write the `.idx` in pieces from the spooled lengths; returns its sha256."""
+        code = next(code for code, dtype in TOKEN_TYPES.items() if dtype == self.dtype)
+        digest = hashlib.sha256()
+        with open(path, "wb") as file:
+
+            def put(data: bytes) -> None:
+                file.write(data)
+                digest.update(data)
+
+            put(HEADER.pack(MAGIC, VERSION, code, self.documents, self.documents + 1))
+            for lengths in self._spooled_lengths():
+                put(lengths.tobytes())
+            offset_bytes = 0
+            for lengths in self._spooled_lengths():
+                ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize + offset_bytes
+                put(np.concatenate(([offset_bytes], ends[:-1])).astype(np.int64).tobytes())
+                offset_bytes = int(ends[-1])
+            for start in range(0, self.documents + 1, COPY_ITEMS):
+                put(np.arange(start, min(start + COPY_ITEMS, self.documents + 1), dtype=np.int64).tobytes())
+            _to_disk(file)
+        return digest.hexdigest()
+
+    def _spooled_lengths(self) -> Iterator[NDArray[np.int32]]:
+        self._lengths.seek(0)
+        while data := self._lengths.read(COPY_ITEMS * 4):
+            yield np.frombuffer(data, dtype=np.int32)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lengths.close()
+        if not self._published:
+            for partial in self._partial:
+                partial.unlink(missing_ok=True)
+        self._bin.close()
+        if isinstance(error, OSError):  # the disk is full, say; errors of reading come as DataError
+            raise DataError(f"{self.prefix}: cannot be written: {error}.") from error
+
+
+def publish_file(path: Path, content: bytes) -> None:
+    """Write a small file so that it is there whole, on the disk, or not at all."""
+    partial = _partial_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+            _to_disk(file)
+        os.replace(partial, path)
+        _directory_to_disk(path.parent)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}.") from error
+
+
+def _partial_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _open_exclusively(path: Path) -> BinaryIO:
+    """Open for writing and lock; the lock ends with the process, however that ends."""
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The other writer may have published this very file between our open and our lock.
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            raise FileNotFoundError
+    except (BlockingIOError, FileNotFoundError) as error:
+        file.close()
+        raise DataError(f"{path}: another process is writing this dataset; wait for it to end.") from error
+    file.truncate()
+    return file
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _directory_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,122 @@
+"""Micro-batches in an order that depends on one integer: the number of samples consumed.
+
+Samples are taken consecutively. The next `micro_batch_size x dp_size` form a round, of which
+data-parallel rank r takes its r-th slice; so a global batch holds the same samples for every
+data-parallel size and number of workers, and a run resumes exactly from `consumed_samples`.
+
+Workers are forked. They inherit the mapped index arrays, which other start methods would copy into
+each worker by pickling, and start in milliseconds where a fresh interpreter imports torch for
+seconds. The known risks of fork, and what is done here: threads of gloo, NCCL or a logger do not
+exist in the child, which is no matter since a worker only reads files and never talks to a process
+group or a device; inherited sockets would keep a dead rank's connections open, so workers die with
+their parent; inherited signal handlers are reset (`workers.start_helper_process`).
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Self
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megads.data.workers import start_helper_process
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Indices of one data-parallel rank's micro-batches, from `consumed_samples` on.
+
+    A last round that is not full is left out.
+    """
+
+    def __init__(
+        self, total_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int, consumed_samples: int
+    ) -> None:
+        assert 0 <= dp_rank < dp_size
+        assert micro_batch_size > 0
+        assert consumed_samples >= 0
+        self.total_samples = total_samples
+        self.micro_batch_size = micro_batch_size
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.consumed_samples = consumed_samples
+
+    def __iter__(self) -> Iterator[list[int]]:
+        round_samples = self.micro_batch_size * self.dp_size
+        first = self.consumed_samples + self.dp_rank * self.micro_batch_size
+        for _ in range(len(self)):
+            yield list(range(first, first + self.micro_batch_size))
+            first += round_samples
+
+    def __len__(self) -> int:
+        return max(0, self.total_samples - self.consumed_samples) // (self.micro_batch_size * self.dp_size)
+
+
+class Loader(Iterator[dict[str, Tensor]]):
+    """Micro-batches, one after the other; `rewind` starts again elsewhere, `close` ends the workers.
+
+    With `persistent_workers` a rewind keeps the worker processes, which is what makes evaluating
+    every few steps cheap. StopIteration when no full round is left.
+    """
+
+    def __init__(self, loader: DataLoader[dict[str, Tensor]], sampler: MicroBatchSampler) -> None:
+        self._loader = loader
+        self._sampler = sampler
+        self._batches: Iterator[dict[str, Tensor]] | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        if self._batches is None:
+            with warnings.catch_warnings():
+                # Python warns of every fork beside threads; the module's docstring says why it is sound.
+                warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+                self._batches = iter(self._loader)
+        return next(self._batches)
+
+    def rewind(self, consumed_samples: int) -> None:
+        """Go on at another position."""
+        self._sampler.consumed_samples = consumed_samples
+        self._batches = None
+
+    def close(self) -> None:
+        """End the worker processes now; otherwise they end with this object."""
+        self._batches = None
+        # DataLoader keeps persistent workers in this attribute, and has no public way to end them.
+        self._loader._iterator = None
+
+
+def build_loader(
+    dataset: Dataset[dict[str, Tensor]],
+    *,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    consumed_samples: int,
+    num_workers: int,
+    prefetch_factor: int,
+    pin_memory: bool,
+    persistent_workers: bool,
+) -> Loader:
+    """Micro-batches of `dataset` for one data-parallel rank: each value of a sample, stacked [B, S].
+
+    `pin_memory` needs CUDA: pass False on CPU. Create it in the main thread: workers start at the first
+    batch and live no longer than the thread that asks for it.
+    """
+    sampler = MicroBatchSampler(len(dataset), micro_batch_size, dp_rank, dp_size, consumed_samples)  # type: ignore[arg-type]
+    of_workers: dict[str, Any] = {}
+    if num_workers > 0:
+        of_workers = {
+            "prefetch_factor": prefetch_factor,
+            "persistent_workers": persistent_workers,
+            "worker_init_fn": _start_worker,
+            "multiprocessing_context": "fork",
+        }
+    loader: DataLoader[dict[str, Tensor]] = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, **of_workers
+    )
+    return Loader(loader, sampler)
+
+
+def _start_worker(worker_id: int) -> None:
+    start_helper_process()

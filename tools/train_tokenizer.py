@@ -1,0 +1,78 @@
+"""Train a sentencepiece BPE vocabulary on Dolma-format files.
+
+The vocabulary can spell any text and gives it back unchanged: unknown characters become bytes, nothing
+is normalized, digits stand alone. The same files and settings give the same model.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megads.data.documents import find_inputs
+from megads.data.tokenizer import load_tokenizer
+from megads.data.tokenizer_training import sample_texts, train_sentencepiece
+from megads.errors import DataError, MegadsError
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, help="files and directories of JSON lines"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the model, usually ending in .model")
+    parser.add_argument(
+        "--vocab-size", type=int, default=4096, help="pieces, special ones included (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-mb",
+        type=float,
+        default=64,
+        help="megabytes of text to train on, spread over the files (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        help="share of characters with a piece of their own, bytes for the rest (default: %(default)s)",
+    )
+    parser.add_argument("--text-field", default="text", help="field of the text (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    return parser.parse_args(arguments)
+
+
+def train(options: argparse.Namespace) -> None:
+    if options.output.exists() and not options.overwrite:
+        raise DataError(f"{options.output}: exists already. Replace it with --overwrite or write elsewhere.")
+    begun = time.monotonic()
+    files = find_inputs(options.input)
+    print(
+        f"Training {options.vocab_size:,} pieces on up to {options.max_mb:g} MB of {len(files)} files ...",
+        flush=True,
+    )
+    trained = train_sentencepiece(
+        sample_texts(files, int(options.max_mb * 1e6), options.text_field),
+        options.output,
+        options.vocab_size,
+        character_coverage=options.character_coverage,
+    )
+    tokenizer = load_tokenizer(trained.path)
+    print(
+        f"{trained.path}: {tokenizer.vocab_size:,} pieces from {trained.text_bytes / 1e6:.1f} MB in "
+        f"{time.monotonic() - begun:.1f} s, sha256 {tokenizer.sha256[:12]}…"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        train(parse_arguments(arguments))
+    except MegadsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
