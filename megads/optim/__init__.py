@@ -1,0 +1,1 @@
+"""The optimizer: Megatron-Core's, on our schedules."""

@@ -1,0 +1,121 @@
+"""Data parallelism and the optimizer around the model chunks.
+
+The optimizer is Megatron-Core's: sharded over data parallelism with `zero_stage` 1, with FP32 master
+weights for 16-bit models. It takes Transformer Engine's fused Adam where that is installed, then
+NVIDIA's apex, then torch's.
+"""
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.utils import get_model_config
+
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+from megads.mcore.translate import ddp_config, optimizer_config
+
+_TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
+
+
+def wrap_data_parallel(
+    config: Config, resolved: Resolved, chunks: list[torch.nn.Module]
+) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers and their reduction over data parallelism."""
+    ddp = ddp_config(config, resolved)
+    transformer = get_model_config(chunks[0])
+    wrapped = [
+        # Later virtual stages need no buckets: their reductions are not on the critical path.
+        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if ddp.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(
+    config: Config, resolved: Resolved, chunks: list[DistributedDataParallel]
+) -> MegatronOptimizer:
+    """The optimizer of the wrapped chunks."""
+    optimizer = get_megatron_optimizer(optimizer_config(config, resolved), chunks)
+    get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
+    _refuse_nonfinite_gradients(optimizer)
+    for inner in _inner_optimizers(optimizer):
+        if isinstance(inner.optimizer, _TORCH_ADAM) and hasattr(
+            inner, "_set_main_param_and_optimizer_states"
+        ):
+            _expect_no_step_tensor(inner)
+    return optimizer
+
+
+class NonFiniteGradientsError(ArithmeticError):
+    """Raised by `optimizer.step()` before anything is changed; the same on every rank."""
+
+
+def _refuse_nonfinite_gradients(optimizer: MegatronOptimizer) -> None:
+    """End a step whose gradient norm is not finite, before clipping spreads it to every weight.
+
+    Megatron-Core checks only scaled FP16 gradients. The norm is that of all ranks' gradients, so that
+    they agree.
+    """
+    get_grad_norm = optimizer.get_grad_norm
+
+    def checked_grad_norm() -> float:
+        norm = get_grad_norm()
+        if norm is not None and not math.isfinite(norm):
+            raise NonFiniteGradientsError(norm)
+        return norm
+
+    optimizer.get_grad_norm = checked_grad_norm
+
+
+def _expect_no_step_tensor(inner: MegatronOptimizer) -> None:
+    """Let torch's Adam load a reshardable checkpoint.
+
+    Megatron-Core 0.19.2 leaves its step counter out of the tensors that it loads, and then asks for it
+    (the counter itself travels with the parameter groups).
+    """
+    set_states = inner._set_main_param_and_optimizer_states
+
+    def set_states_without_step(parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        set_states(parameter, {"step": None, **tensors})
+
+    inner._set_main_param_and_optimizer_states = set_states_without_step
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:
+    """Learning rate and weight decay of the next step, in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has not stepped yet its (zero) moments, so that a checkpoint has a place.
+
+    Megatron-Core describes the state of torch's Adam only once it exists.
+    """
+    for inner in _inner_optimizers(optimizer):
+        if isinstance(inner.optimizer, _TORCH_ADAM) and not inner.optimizer.state:
+            inner.init_state_fn(inner.optimizer, inner.config)
+            for state in inner.optimizer.state.values():
+                state["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def separate_step_counters(optimizer: MegatronOptimizer) -> None:
+    """Undo what loading does to torch's Adam: Megatron-Core gives all parameters one step counter.
+
+    torch increments the counter of each parameter, so a shared one would count every parameter.
+    """
+    for inner in _inner_optimizers(optimizer):
+        for state in inner.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+
+def _inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])

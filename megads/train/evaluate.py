@@ -1,0 +1,66 @@
+"""Validation: the loss on held-out samples, together and by source, always on the same samples."""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megads.config.schema import Config
+from megads.data.blend import Datasets
+from megads.data.loader import build_loader
+from megads.data.samples import PackedSamples
+from megads.train.step import TrainingStep
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+class Validation:
+    """Evaluates a model on the validation split; collective.
+
+    `valid` is read from its start each time, `validation.eval_steps` global batches of it. Each source is
+    evaluated on as many samples of its own.
+    """
+
+    def __init__(self, config: Config, datasets: Datasets, step: TrainingStep) -> None:
+        self._config, self._step = config, step
+        self._valid = datasets.valid
+        self._by_source = datasets.valid_by_source if per_source(config) else {}
+
+    def run(self) -> tuple[float, dict[str, float]]:
+        """(loss, loss by source), next-token cross-entropy in nats per token; there must be a split."""
+        assert self._valid is not None
+        by_source = {name: self._evaluate(samples) for name, samples in self._by_source.items()}
+        return self._evaluate(self._valid), by_source
+
+    def _evaluate(self, samples: PackedSamples) -> float:
+        training, resolved = self._config.training, self._step.resolved
+        micro_batches = len(samples) // (training.micro_batch_size * resolved.dp)
+        batches: Batches | None = None
+        if self._step.needs_data:
+            batches = build_loader(
+                samples,
+                micro_batch_size=training.micro_batch_size,
+                dp_rank=parallel_state.get_data_parallel_rank(),
+                dp_size=resolved.dp,
+                consumed_samples=0,
+                num_workers=0,
+                prefetch_factor=self._config.data.prefetch_factor,
+                pin_memory=False,
+                persistent_workers=False,
+            )
+        sums, counts = self._step.evaluate(batches, micro_batches)
+        return float(sums[0] / torch.clamp(counts[0], min=1))
+
+
+def per_source(config: Config) -> bool:
+    """Whether each source is evaluated by itself: asked for, and more than one."""
+    return config.validation.per_source and len(config.data.sources) > 1
+
+
+def validation_samples(config: Config) -> tuple[int, int]:
+    """Sequences of (the blend, each source) that an evaluation reads; 0: not evaluated."""
+    if config.training.eval_interval == 0:
+        return 0, 0
+    samples = config.validation.eval_steps * config.training.global_batch_size
+    return samples, samples if per_source(config) else 0

@@ -1,0 +1,334 @@
+"""A run from its first step, or the one after its checkpoint, to its last.
+
+What changes while training is in one `TrainState` and the tensors of `snapshot`; everything else follows
+from the configuration and the tokens consumed. So a run that is stopped anywhere and resumed is the same
+run, bit by bit where the layout is the same.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megads.checkpoint.store import CheckpointStore
+from megads.config import show
+from megads.config.flops import count_parameters, training_flops_per_token
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+from megads.data.blend import Datasets, SampleCounts, build_datasets
+from megads.data.loader import Loader, build_loader
+from megads.errors import TrainingError
+from megads.train.console import ConsoleSink
+from megads.train.curve import draw_curve
+from megads.train.evaluate import Validation, validation_samples
+from megads.train.matmul_rate import peak_rate
+from megads.train.metrics import (
+    SpeedMeter,
+    StepMeter,
+    peak_memory_bytes,
+    run_record,
+    train_record,
+    validation_record,
+)
+from megads.train.resume import checkpoint_record, find_checkpoint, restore
+from megads.train.schedules import Schedules
+from megads.train.signals import StopRequest
+from megads.train.sinks import METRICS_FILE, Sinks, open_sinks
+from megads.train.snapshot import sharded_state
+from megads.train.state import TrainState
+from megads.train.step import Scalars, StepResult, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED_STEPS = 10
+CURVE_FILE = "loss_curve.png"
+
+
+def train(config: Config, resolved: Resolved) -> TrainState:
+    """Run the training that `config` describes; the process groups must exist. Returns its last state.
+
+    Raises DataError, CheckpointError or TrainingError, on every rank.
+    """
+    with CheckpointStore(
+        resolved.checkpoint_dir,
+        keep_last_n=config.checkpointing.keep_last_n,
+        keep_best=config.checkpointing.keep_best,
+        async_save=config.checkpointing.async_save,
+    ) as store:
+        return Run(config, resolved, store).to_the_end()
+
+
+@dataclass
+class _Progress:
+    """What the loop itself has to remember between steps; nothing of it outlives the process."""
+
+    skipped_in_a_row: int = 0
+    validation_loss: float | None = None
+    validated_step: int = -1
+    saved_step: int = -1
+
+
+class Run:
+    """One process's part of a run, ready to train: data, model, state restored."""
+
+    def __init__(self, config: Config, resolved: Resolved, store: CheckpointStore) -> None:
+        self.config, self.resolved, self.store = config, resolved, store
+        self.leads = dist.get_rank() == 0
+        # Data first: it fails fast, before a model is allocated.
+        self.datasets = _build_datasets(config, resolved)
+        found = find_checkpoint(config, store, self.datasets)
+        self.step = TrainingStep(config, resolved)
+        self.state = restore(resolved, store, found, self.step, self.datasets)
+        self.schedules = Schedules(config, resolved)
+        self.validation = Validation(config, self.datasets, self.step)
+        self.progress = _Progress(saved_step=self.state.step if found else -1)
+        self.flops_per_token = training_flops_per_token(config)
+        self._open_meters()
+
+    def _open_meters(self) -> None:
+        config, resolved = self.config, self.resolved
+        dist.barrier()  # so that all processes of a host measure their matmul rate at once
+        peak = peak_rate(resolved.device)
+        moe_layers = sum(resolved.shape.is_moe)
+        mtp_layers = resolved.shape.mtp_depth if resolved.shape.mtp_is_moe else 0
+        names = ["lm_loss", "grad_norm"]
+        names += ["mtp_loss"] if resolved.shape.mtp_depth else []
+        names += ["aux_loss"] if moe_layers and config.model.moe.balance_loss_type != "none" else []
+        self.meter = StepMeter(
+            names,
+            moe_layers=moe_layers + mtp_layers,
+            num_experts=config.model.moe.num_experts if moe_layers else 0,
+            device=torch.device(resolved.device),
+        )
+        self.router_rows = [router.index_among(resolved.shape.is_moe) for router in self.step.routers]
+        self.speed = SpeedMeter(
+            flops_per_token=self.flops_per_token,
+            peak_flops_per_second=peak.flops_per_second,
+            processes=resolved.world_size,
+        )
+        self.sinks = Sinks([])
+        self.console: ConsoleSink | None = None
+        if not self.leads:
+            return
+        show.save(config, resolved, config.output_dir)
+        self.sinks = open_sinks(
+            config, tensorboard_dir=resolved.tensorboard_dir, resumed_step=self.state.step
+        )
+        logger.info("MFU counts %.3g FLOP/s per process as 100%%: %s", peak.flops_per_second, peak.source)
+        self.console = ConsoleSink(resolved.train_steps, first_step=self.state.step)
+        self._write(
+            run_record(
+                self.state,
+                total_tokens=resolved.total_tokens,
+                train_steps=resolved.train_steps,
+                vocab_size=config.model.vocab_size,
+                layout=layout_text(resolved),
+                parameters=count_parameters(config).total_with_mtp,
+                flops_per_token=self.flops_per_token,
+            )
+        )
+
+    # ------------------------------------------------------------------ the loop
+
+    def to_the_end(self) -> TrainState:
+        """All remaining steps; then the last checkpoint, the last evaluation and the loss curve."""
+        last_step = self.resolved.train_steps
+        if self.config.training.exit_step is not None:
+            last_step = min(last_step, self.config.training.exit_step)
+        stop = StopRequest()
+        loader = self._training_batches()
+        try:
+            while self.state.step < last_step:
+                self._one_step(loader)
+                self._after_step(last_step)
+                if signal_name := stop.agreed():
+                    logger.info(
+                        "%s received: saving and stopping after step %d", signal_name, self.state.step
+                    )
+                    break
+            self._finish(completed=self.state.step >= self.resolved.train_steps)
+        finally:
+            stop.close()
+            if isinstance(loader, Loader):
+                loader.close()
+            self.sinks.close()
+            if self.console is not None:
+                self.console.close()
+        return self.state
+
+    def _training_batches(self) -> Iterator[dict[str, Tensor]] | None:
+        if not self.step.needs_data:
+            return None
+        data = self.config.data
+        return build_loader(
+            self.datasets.train,
+            micro_batch_size=self.config.training.micro_batch_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=self.resolved.dp,
+            consumed_samples=self.state.samples,
+            num_workers=data.num_workers,
+            prefetch_factor=data.prefetch_factor,
+            pin_memory=data.pin_memory and self.resolved.device == "cuda",
+            persistent_workers=data.persistent_workers and data.num_workers > 0,
+        )
+
+    def _one_step(self, batches: Iterator[dict[str, Tensor]] | None) -> None:
+        batch_size, scalars = self.schedules.at(self.state.tokens)
+        micro_batches = batch_size // (self.config.training.micro_batch_size * self.resolved.dp)
+        result = self.step.train(batches, micro_batches, scalars)
+        tokens = batch_size * self.config.training.seq_length
+        seconds = self.speed.step_done(tokens)
+        self.state.advance(
+            samples=batch_size,
+            tokens=tokens,
+            flops=tokens * self.flops_per_token,
+            seconds=seconds,
+            skipped=not result.applied,
+        )
+        self._count_skipped(result)
+        self._measure(result)
+        if self.state.step % self.config.training.log_interval == 0:
+            self._log(batch_size, scalars)
+        if self.console is not None:
+            self.console.step_done(self.state.step)
+
+    def _count_skipped(self, result: StepResult) -> None:
+        if result.applied:
+            self.progress.skipped_in_a_row = 0
+            return
+        self.progress.skipped_in_a_row += 1
+        if self.leads:
+            logger.warning("step %d skipped: its gradients are not finite", self.state.step)
+        if self.progress.skipped_in_a_row >= MOST_SKIPPED_STEPS:
+            raise TrainingError(
+                f"{MOST_SKIPPED_STEPS} steps in a row, up to step {self.state.step}, had gradients that are "
+                "not finite; no update was made by them. Resume from the last checkpoint with a lower "
+                "training.learning_rate, or look at the data read since then"
+            )
+
+    def _measure(self, result: StepResult) -> None:
+        meter = self.meter
+        meter.add_sum("lm_loss", result.loss_sums[0], result.token_counts[0])
+        if self.resolved.shape.mtp_depth:
+            meter.add_sum("mtp_loss", result.loss_sums[1:].sum(), result.token_counts[1:].sum())
+        if result.grad_norm is not None:
+            meter.add("grad_norm", result.grad_norm)
+        if len(result.balance_losses):
+            if self.config.model.moe.balance_loss_type != "none":
+                meter.add_sum("aux_loss", result.balance_losses.sum(), len(result.balance_losses))
+            meter.add_expert_load(result.loads, self.router_rows)
+        meter.step_done()
+
+    def _log(self, batch_size: int, scalars: Scalars) -> None:
+        averages = self.meter.drain(dist.all_reduce)
+        speed = self.speed.interval(self.resolved.total_tokens - self.state.tokens)
+        self._write(
+            train_record(
+                self.state,
+                averages,
+                speed,
+                learning_rate=scalars.learning_rate,
+                batch_size=batch_size,
+                peak_memory_bytes=peak_memory_bytes(self.resolved.device),
+            )
+        )
+
+    def _after_step(self, last_step: int) -> None:
+        """Evaluation and checkpoints that are due, but for those of the last step."""
+        step, training = self.state.step, self.config.training
+        self.store.poll()
+        if step == last_step:
+            return
+        with self.speed.excluded():
+            if training.eval_interval and step % training.eval_interval == 0:
+                self._evaluate()
+            if training.save_interval and step % training.save_interval == 0:
+                self._save()
+
+    def _finish(self, completed: bool) -> None:
+        # A run that was cut will be evaluated where its schedule says; only the end gets one of its own.
+        due = self.config.training.eval_interval
+        if (
+            due
+            and self.progress.validated_step != self.state.step
+            and (completed or self.state.step % due == 0)
+        ):
+            self._evaluate()
+        if self.progress.saved_step != self.state.step:
+            self._save()
+        self.store.wait()
+        if self.leads:
+            self._report_end(completed)
+
+    def _evaluate(self) -> None:
+        if self.datasets.valid is None:
+            return
+        loss, by_source = self.validation.run()
+        is_best = self.state.record_validation(loss)
+        self.progress.validation_loss, self.progress.validated_step = loss, self.state.step
+        self._write(validation_record(self.state, loss, loss_by_source=by_source, is_best=is_best))
+
+    def _save(self) -> None:
+        checkpointing = self.config.checkpointing
+        self.step.gather_parameters()
+        metrics = {}
+        if self.progress.validated_step == self.state.step and self.progress.validation_loss is not None:
+            metrics["validation_loss"] = self.progress.validation_loss
+        record = checkpoint_record(self.config, self.resolved, self.state, self.datasets)
+        state = sharded_state(self.step, optimizer=checkpointing.save_optimizer, generators=True)
+        self.store.save(self.state.step, state, record, metrics)
+        self.progress.saved_step = self.state.step
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self.leads:
+            return
+        self.sinks.write(record)
+        assert self.console is not None
+        self.console.write(record)
+
+    def _report_end(self, completed: bool) -> None:
+        output = Path(self.config.output_dir)
+        what = "finished" if completed else "stopped; start it again to go on"
+        logger.info("step %d of %d, %s", self.state.step, self.resolved.train_steps, what)
+        if self.store.last_saved is not None:
+            logger.info("checkpoint   %s", os.path.relpath(self.store.last_saved.path))
+        if self.state.step >= self.config.training.log_interval:
+            curve = draw_curve(output / METRICS_FILE, output / CURVE_FILE, title=self.config.experiment_name)
+            logger.info("loss curve   %s", os.path.relpath(curve))
+        if self.config.logging.tensorboard.enabled:
+            logger.info(
+                "TensorBoard  tensorboard --logdir %s", os.path.relpath(self.resolved.tensorboard_dir)
+            )
+
+
+# ------------------------------------------------------------------ setting up
+
+
+def layout_text(resolved: Resolved) -> str:
+    """The parallel layout for people: the sizes that are not 1."""
+    sizes = {
+        "TP": resolved.tp,
+        "PP": resolved.pp,
+        "VPP": resolved.vpp or 1,
+        "CP": resolved.cp,
+        "EP": resolved.ep,
+        "ETP": resolved.etp,
+        "DP": resolved.dp,
+    }
+    named = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    return " ".join(named) if named else "one process"
+
+
+def _build_datasets(config: Config, resolved: Resolved) -> Datasets:
+    valid, valid_per_source = validation_samples(config)
+    samples = resolved.batch.tokens_after(resolved.train_steps) // config.training.seq_length
+    return build_datasets(
+        config, resolved, SampleCounts(train=samples, valid=valid, valid_per_source=valid_per_source)
+    )

@@ -1,0 +1,82 @@
+"""The tensors of a run as a sharded state dictionary: weights, balancing biases, optimizer, generators.
+
+Everything is named and placed independently of the layout (Megatron-Core's `torch_dist`), so a checkpoint
+of one layout loads into another. Generator states belong to a rank of one layout: they are restored
+only where the layout is the same, which is what makes a resume bitwise exact with dropout or router noise.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megads.config.resolve import Resolved
+from megads.model.build import unwrap
+from megads.optim.build import allocate_optimizer_state, separate_step_counters
+from megads.train.step import TrainingStep
+
+
+def layout_of(resolved: Resolved) -> dict[str, Any]:
+    """The parallel layout as a checkpoint records it."""
+    names = ("world_size", "tp", "pp", "vpp", "cp", "ep", "etp", "dp", "pipeline_layout", "device")
+    return {name: _plain(getattr(resolved, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def sharded_state(
+    step: TrainingStep, *, optimizer: bool, generators: bool, loading: bool = False
+) -> dict[str, Any]:
+    """What to save, or the places to load into (`loading`)."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": True,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": step.groups.dp_cp,
+    }
+    models = {
+        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(step.chunks)
+    }
+    state: dict[str, Any] = dict(models)
+    if optimizer:
+        allocate_optimizer_state(step.optimizer)
+        state["optimizer"] = step.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    if generators:
+        state["generators"] = ShardedObject(
+            "generators", _generator_states(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0
+        )
+    return state
+
+
+def restore_state(step: TrainingStep, state: dict[str, Any], *, optimizer: bool, generators: bool) -> None:
+    """Put loaded tensors in place."""
+    for index, chunk in enumerate(step.chunks):
+        unwrap(chunk).load_state_dict(state[f"model{index}"])
+    if optimizer:
+        step.optimizer.load_state_dict(state["optimizer"])
+        separate_step_counters(step.optimizer)
+    else:
+        step.optimizer.reload_model_params()
+    if generators:
+        _restore_generators(state["generators"])
+
+
+def _generator_states() -> dict[str, Any]:
+    states = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_generators(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

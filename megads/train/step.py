@@ -1,0 +1,206 @@
+"""One optimizer step: forward and backward over the micro-batches, update, balancing.
+
+The only file of `train` that calls Megatron-Core's schedules.
+
+The objective is a sum over the tokens of the global batch, divided once by their number:
+sum_t [ce_0(t) + lambda / D * sum_k ce_k(t)] / T + auxiliary losses (DeepSeek-V3, eq. 24-25, where every
+depth divides by the same T). So neither masks nor layouts change what a token weighs.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_token_prediction import roll_tensor
+from torch import Tensor
+
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+from megads.model.build import build_model
+from megads.model.context_parallel import local_part
+from megads.model.router import routers_of, update_expert_biases
+from megads.optim.build import NonFiniteGradientsError, build_optimizer, set_learning_rate, wrap_data_parallel
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What the schedules give for one step."""
+
+    learning_rate: float
+    weight_decay: float
+    mtp_loss_weight: float
+    bias_update_rate: float
+    router_noise_std: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured; tensors stay on the device until somebody reads them.
+
+    `loss_sums` and `token_counts` [K] are cross-entropy sums and tokens per prediction depth over the
+    global batch, the same on every rank. `grad_norm` is None and `applied` False where the gradients were
+    not finite: nothing was updated. `loads` [L, E] are tokens per expert of this pipeline stage's
+    L routers, `balance_losses` [L] their mean auxiliary losses.
+    """
+
+    loss_sums: Tensor
+    token_counts: Tensor
+    grad_norm: float | None
+    applied: bool
+    loads: Tensor
+    balance_losses: Tensor
+
+
+def _masks(loss_mask_BS: Tensor, depths: int, cp_group: dist.ProcessGroup) -> Tensor:
+    """Which predictions have a label that counts [K, B, S]: depth k has none for the last k positions."""
+    masks = [loss_mask_BS]
+    for _ in range(1, depths):
+        masks.append(roll_tensor(masks[-1], shifts=-1, dims=-1, cp_group=cp_group)[0])
+    return torch.stack(masks)
+
+
+def _loss(
+    loss_mask_BS: Tensor, mtp_loss_weight: float, cp_group: dist.ProcessGroup, losses_KBS: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed objective, tokens, [2, K] sums and counts to report) of one micro-batch on this rank."""
+    depths = losses_KBS.shape[0]
+    masks_KBS = _masks(loss_mask_BS, depths, cp_group)
+    sums_K = (losses_KBS * masks_KBS).sum(dim=(1, 2))
+    weights_K = torch.full_like(sums_K, mtp_loss_weight / max(1, depths - 1))
+    weights_K[0] = 1.0
+    counts_K = masks_KBS.sum(dim=(1, 2))
+    report = torch.stack((sums_K.detach(), counts_K))
+    return (sums_K * weights_K).sum(), counts_K[0].to(torch.int), report
+
+
+class TrainingStep:
+    """The model, its optimizer, and the steps they take; one per process.
+
+    `chunks` are the data-parallel-wrapped model chunks of this rank.
+    """
+
+    def __init__(self, config: Config, resolved: Resolved) -> None:
+        self.config, self.resolved = config, resolved
+        self.groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.chunks = wrap_data_parallel(config, resolved, build_model(config, resolved))
+        self.optimizer: MegatronOptimizer = build_optimizer(config, resolved, self.chunks)
+        self.routers = routers_of(self.chunks)
+        self.depths = 1 + resolved.shape.mtp_depth
+        self._schedule = get_forward_backward_func()
+        self._positions = torch.arange(
+            config.training.seq_length, device=torch.cuda.current_device()
+        ).unsqueeze(0)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether this rank's stages read batches: ends of the pipeline, or everybody for masks."""
+        data = self.config.data
+        ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
+        return ends or data.document_mask or data.reset_position_ids
+
+    def _forward_step(
+        self, mtp_loss_weight: float, batches: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
+    ) -> tuple[Tensor, Any]:
+        """What Megatron-Core's schedules call for each micro-batch and model chunk."""
+        if batches is None:
+            return model(None, None, self._positions), None
+        device, cp = torch.cuda.current_device(), self.groups.cp
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        data = self.config.data
+        output = model(
+            local_part(batch["tokens"], cp),
+            local_part(batch["labels"], cp),
+            batch["position_ids"] if data.reset_position_ids else self._positions,
+            batch["document_ids"] if data.document_mask else None,
+        )
+        return output, partial(_loss, local_part(batch["loss_mask"], cp), mtp_loss_weight, cp)
+
+    def _run(
+        self, batches: Iterator[dict[str, Tensor]] | None, micro_batches: int, weight: float, training: bool
+    ) -> Tensor:
+        """[2, K] loss sums and token counts over all micro-batches and ranks."""
+        training_config, chunks = self.config.training, len(self.chunks)
+        iterators = _share(batches, chunks) if chunks > 1 else batches
+        reports = self._schedule(
+            forward_step_func=partial(self._forward_step, weight),
+            data_iterator=iterators,
+            model=self.chunks,
+            num_microbatches=micro_batches,
+            seq_length=training_config.seq_length,
+            micro_batch_size=training_config.micro_batch_size,
+            forward_only=not training,
+        )
+        device = torch.cuda.current_device()
+        total = torch.zeros(2, self.depths, dtype=torch.float64, device=device)
+        for report in reports:
+            total += report
+        dist.all_reduce(total, group=self.groups.dp_cp)
+        if self.resolved.pp > 1:
+            last = dist.get_process_group_ranks(self.groups.pp)[-1]
+            dist.broadcast(total, last, group=self.groups.pp)
+        return total
+
+    def train(
+        self, batches: Iterator[dict[str, Tensor]] | None, micro_batches: int, scalars: Scalars
+    ) -> StepResult:
+        """One optimizer step over `micro_batches` batches per replica; None where no data is needed."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        for router in self.routers:
+            router.reset_statistics()
+            router.noise_std = scalars.router_noise_std
+        self.optimizer.zero_grad()
+        sums, counts = self._run(batches, micro_batches, scalars.mtp_loss_weight, training=True)
+        set_learning_rate(self.optimizer, scalars.learning_rate, scalars.weight_decay)
+        try:
+            applied, grad_norm, _ = self.optimizer.step()
+        except NonFiniteGradientsError:
+            applied, grad_norm = False, None
+        loads, balance_losses = self._router_statistics(micro_batches)
+        if applied and self.config.model.moe.use_aux_loss_free:
+            update_expert_biases(self.routers, loads, scalars.bias_update_rate)
+        return StepResult(sums, counts, grad_norm, bool(applied), loads, balance_losses)
+
+    def gather_parameters(self) -> None:
+        """Finish the parameter gathering that overlaps with the next forward pass: before a save."""
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.disable_forward_pre_hook()
+                chunk.enable_forward_pre_hook()
+
+    @torch.no_grad()
+    def evaluate(
+        self, batches: Iterator[dict[str, Tensor]] | None, micro_batches: int
+    ) -> tuple[Tensor, Tensor]:
+        """Loss sums and token counts [K] over `micro_batches` batches per replica, without gradients."""
+        for chunk in self.chunks:
+            chunk.eval()
+        sums, counts = self._run(batches, micro_batches, 0.0, training=False)
+        return sums, counts
+
+    def _router_statistics(self, micro_batches: int) -> tuple[Tensor, Tensor]:
+        """Loads of the global batch [L, E] and mean unweighted balance losses [L] of this stage."""
+        if not self.routers:
+            device = torch.cuda.current_device()
+            return torch.zeros(0, 0, device=device), torch.zeros(0, device=device)
+        loads = torch.stack([router.tokens_per_expert for router in self.routers])
+        losses = torch.cat([router.balance_loss for router in self.routers])
+        dist.all_reduce(loads, group=self.groups.tp_dp_cp)
+        dist.all_reduce(losses, group=self.groups.tp_dp_cp)
+        return loads, losses / (micro_batches * self.resolved.dp)
+
+
+def _share(batches: Iterator[dict[str, Tensor]] | None, chunks: int) -> list[Any]:
+    """An iterator per model chunk over the same batches: each chunk sees every micro-batch."""
+    if batches is None:
+        return [None] * chunks
+    return list(itertools.tee(batches, chunks))
