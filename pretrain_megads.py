@@ -7,6 +7,7 @@ torchrun it is a run of one process.
 import logging
 import os
 import sys
+import time
 
 from megads.config import show
 from megads.config.flags import parse_flags
@@ -19,6 +20,8 @@ from megads.log import setup_logging
 
 logger = logging.getLogger("megads")
 
+SECONDS_FOR_RANK_0 = 10.0
+
 
 def main(argv: list[str]) -> int:
     """The exit code: 0, or that of the error that was printed."""
@@ -26,19 +29,29 @@ def main(argv: list[str]) -> int:
         arguments = parse_flags(argv)
         config = load_config(arguments.config, arguments.overrides, arguments.origins)
         if arguments.dry_run:
-            world_size = int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-            print(show.dry_run(config, *planned_hardware(config, world_size)))
+            print(show.dry_run(config, *planned_hardware(config, arguments.world_size)))
             return 0
         # Before torch is imported: a mistake in the configuration is told at once.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         check(config, world_size, cuda=_may_have_cuda(config))
         _pretrain(config, world_size)
     except MegadsError as error:
-        # One rank tells it; every rank has the same error or is ended by torchrun.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _tell(error)
         return error.exit_code
     return 0
+
+
+def _tell(error: MegadsError) -> None:
+    """Print an error once: rank 0's, or another's where rank 0 has none.
+
+    torchrun ends a job when its first process exits. So the other ranks leave rank 0 time to speak, and
+    are ended while they wait when it had the same error.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+    name = type(error).__name__ if rank == "0" else f"rank {rank}: {type(error).__name__}"
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
 
 
 def _may_have_cuda(config: Config) -> bool:

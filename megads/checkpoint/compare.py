@@ -46,7 +46,8 @@ def check_compatible(
         raise CheckpointError(
             "the checkpoint is of another model; these settings differ:\n"
             + "\n".join(differing)
-            + "\nSet them as in the checkpoint, or start afresh in a new directory"
+            + "\nSet them as in the checkpoint, name those meant to change in checkpointing.allow_changed, "
+            "or start afresh in a new directory"
         )
 
 

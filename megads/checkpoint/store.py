@@ -9,6 +9,7 @@ checkpoints stay, training goes on, the next save tries again. After `max_failur
 TrainingError ends the run. `last_saved` says what is really on disk.
 """
 
+import json
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megads.checkpoint import commit
 from megads.checkpoint.commit import CheckpointInfo
-from megads.checkpoint.lease import DirectoryLease
+from megads.checkpoint.lease import LEASE_NAME, DirectoryLease
 from megads.checkpoint.manifest import MANIFEST_NAME, FileEntry, Hasher, build_manifest, read_manifest, verify
 from megads.checkpoint.pickles import check_pickles, refuse_unsafe_environment
 from megads.checkpoint.ranks import Ranks
@@ -77,8 +78,7 @@ class CheckpointStore:
         self._ranks = Ranks(group)
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         try:
-            self._ranks.first(self._open_directory)
-            self._check_shared()
+            self._check_shared(self._ranks.first(self._open_directory))
         except BaseException:
             self.close(abandon=True)
             raise
@@ -91,23 +91,26 @@ class CheckpointStore:
     ) -> None:
         self.close(abandon=kind is not None)
 
-    def _open_directory(self) -> None:
+    def _open_directory(self) -> bytes:
+        """Rank 0: takes the lease; returns what its file says."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lease = DirectoryLease(self.directory)
+            return self._lease.path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
 
-    def _check_shared(self) -> None:
-        here = self.directory.is_dir() and any(entry.name == ".lease" for entry in os.scandir(self.directory))
-        self._ranks.check_all(
-            None
-            if here
-            else (
-                f"{self.directory} is not the directory that rank 0 sees; "
-                "checkpointing.save_dir must be on a file system that all nodes share"
-            )
+    def _check_shared(self, lease: bytes) -> None:
+        """Every rank must find rank 0's lease in the directory, or it is not the same one."""
+        try:
+            found = (self.directory / LEASE_NAME).read_bytes()
+        except OSError:
+            found = b""
+        failure = (
+            f"{self.directory} is not the directory that rank 0 sees; "
+            "checkpointing.save_dir must be on a file system that all nodes share"
         )
+        self._ranks.check_all(None if found == lease else failure)
 
     # ---------------------------------------------------------------- saving
 
@@ -122,14 +125,15 @@ class CheckpointStore:
 
         `sharded_state_dict` (Megatron-Core's, consumed) may hold plain values beside its shards.
         `record` is JSON, readable without loading: `config`, `tokens`, `tokenizer_sha256`,
-        `data_fingerprints`, `layout`, training state; rank 0's is stored. Of a save still being
-        written the end is waited for first.
+        `data_fingerprints`, `layout`, training state; rank 0's is stored, as it is now. A save that
+        is still being written is waited for first.
         """
         if self._pending is not None:
             logger.info(
                 "step %d: waiting for the checkpoint of step %d to be written", step, self._pending.step
             )
         self.wait()
+        record = json.loads(json.dumps(record))  # the caller may go on changing it
         save_id = self._ranks.broadcast(os.urandom(4).hex())
         try:
             temporary = self._ranks.first(lambda: self._prepare(step, save_id))

@@ -524,6 +524,9 @@ class Checkpointing(Section):
         aliases=("resume",),
         flags=("--load",),
     )
+    allow_changed: tuple[str, ...] = setting(
+        (), "settings of the model that may differ from the checkpoint's, by dotted name"
+    )
     keep_last_n: int = setting(
         5, "newest checkpoints kept; 0: all", source="training pipeline document", ge=0
     )

@@ -44,8 +44,9 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
         f"CP {distributed.context_parallel_size} = {replica}"
     )
     if world_size % replica:
+        processes = "1 process is" if world_size == 1 else f"{world_size} processes are"
         yield (
-            f"{world_size} processes are not a multiple of {layout}: start {replica} or a multiple of it, or "
+            f"{processes} not a multiple of {layout}: start {replica} or a multiple of it, or "
             "lower "
             "tensor_parallel_size, pipeline_parallel_size or context_parallel_size"
         )

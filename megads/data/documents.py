@@ -11,8 +11,9 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 
 import orjson
 import zstandard
@@ -41,7 +42,7 @@ class LineBatch:
     first_line: int
     data: bytes
     input_bytes_read: int
-    """How far the (compressed) file had been read; for progress."""
+    """How far the (compressed) file had been read, for progress; 0 for a pipe."""
 
 
 def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -82,6 +83,7 @@ def read_line_batches(
     unfinished = bytearray()
     try:
         with open(path, "rb") as file:
+            position = file.tell if file.seekable() else int
             for chunk in _decompressed(path, file, batch_bytes):
                 end = chunk.rfind(b"\n") + 1
                 if len(unfinished) + (chunk.find(b"\n") if end else len(chunk)) > max_line_bytes:
@@ -93,10 +95,10 @@ def read_line_batches(
                     continue
                 data = bytes(unfinished) + chunk[:end]
                 unfinished = bytearray(chunk[end:])
-                yield LineBatch(path, line, data, file.tell())
+                yield LineBatch(path, line, data, position())
                 line += data.count(b"\n")
             if unfinished:
-                yield LineBatch(path, line, bytes(unfinished), file.tell())
+                yield LineBatch(path, line, bytes(unfinished), position())
     except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
         _fail(path, line, f"the file cannot be read any further: {error}. Fetch or make it again.")
 
@@ -134,10 +136,9 @@ def read_texts(paths: Iterable[str | os.PathLike[str]], text_field: str = "text"
             yield from parse_texts(batch, text_field)
 
 
-def _decompressed(path: str, file: BinaryIO, chunk_bytes: int) -> Iterator[bytes]:
+def _decompressed(path: str, file: BufferedReader, chunk_bytes: int) -> Iterator[bytes]:
     """The content of `file` in non-empty chunks, by the compression its first bytes show."""
-    magic = file.read(4)
-    file.seek(0)
+    magic = file.peek(4)[:4]  # a pipe cannot be wound back
     is_gzip, is_zstd = magic.startswith(GZIP_MAGIC), magic == ZSTD_MAGIC
     if path.endswith(GZIP_ENDINGS) and not is_gzip:
         raise EOFError("the name ends as gzip's do, but the content is not gzip" if magic else "it is empty")
@@ -148,12 +149,13 @@ def _decompressed(path: str, file: BinaryIO, chunk_bytes: int) -> Iterator[bytes
         yield from _merged(_zstd_frames(file), chunk_bytes)
         return
     # gzip raises EOFError at a truncated member and BadGzipFile, an OSError, at a wrong checksum.
-    read = gzip.GzipFile(fileobj=file).read if is_gzip else file.read
+    # read1 takes what a pipe has, where read would loop, deaf to signals, until it had all.
+    read = gzip.GzipFile(fileobj=file).read if is_gzip else file.read1
     while chunk := read(chunk_bytes):
         yield chunk
 
 
-def _zstd_frames(file: BinaryIO) -> Iterator[bytes]:
+def _zstd_frames(file: BufferedReader) -> Iterator[bytes]:
     """Decompress one zstd frame after the other.
 
     `stream_reader` would end quietly in the middle of a truncated frame; an object per frame knows

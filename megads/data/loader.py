@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megads.data.workers import start_helper_process
+from megads.errors import TrainingError
 
 
 class MicroBatchSampler(Sampler[list[int]]):
@@ -55,7 +56,8 @@ class Loader(Iterator[dict[str, Tensor]]):
     """Micro-batches, one after the other; `rewind` starts again elsewhere, `close` ends the workers.
 
     With `persistent_workers` a rewind keeps the worker processes, which is what makes evaluating
-    every few steps cheap. StopIteration when no full round is left.
+    every few steps cheap. StopIteration when no full round is left; TrainingError when a worker was
+    killed; an error that a worker raised keeps its type.
     """
 
     def __init__(self, loader: DataLoader[dict[str, Tensor]], sampler: MicroBatchSampler) -> None:
@@ -72,7 +74,18 @@ class Loader(Iterator[dict[str, Tensor]]):
                 # Python warns of every fork beside threads; the module's docstring says why it is sound.
                 warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
                 self._batches = iter(self._loader)
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # torch notices the death in one of two places: its watchdog, or a socket to the worker.
+            of_watchdog = isinstance(error, RuntimeError)
+            if self._loader.num_workers == 0 or (of_watchdog and "DataLoader worker (pid" not in str(error)):
+                raise
+            raise TrainingError(
+                f"A loader process was killed, perhaps for want of memory ({error or type(error).__name__}). "
+                "Resume from the last checkpoint: the order of samples will be the same. Fewer "
+                "data.num_workers need less memory."
+            ) from error
 
     def rewind(self, consumed_samples: int) -> None:
         """Go on at another position."""

@@ -33,3 +33,5 @@ def quiet_megatron() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|Triton|modelopt).*")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    # Without a driver, a CUDA toolkit on the machine is no reason for a warning on a CPU run.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

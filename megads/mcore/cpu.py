@@ -146,6 +146,32 @@ def _integer_splits(all_to_all_single: Callable[..., Any]) -> Callable[..., Any]
     return wrapper
 
 
+class _Done:
+    """The handle of a collective that had nothing to do."""
+
+    def wait(self, *args: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _skip_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective of one process that would copy a tensor onto itself: gloo would copy it twice.
+
+    Megatron-Core's data-parallel buffers reduce and gather in place also where there is one replica.
+    """
+
+    @functools.wraps(collective)
+    def wrapper(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        in_place = output.data_ptr() == input.data_ptr() and output.shape == input.shape
+        if in_place and dist.get_world_size(kwargs.get("group")) == 1:
+            return _Done() if kwargs.get("async_op") else None
+        return collective(output, input, *args, **kwargs)
+
+    return wrapper
+
+
 def _substitute_torch() -> None:
     for name in _FACTORIES:
         setattr(torch, name, _map_device_keyword(getattr(torch, name)))
@@ -154,6 +180,8 @@ def _substitute_torch() -> None:
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # type: ignore[method-assign]
     dist.all_to_all_single = _integer_splits(dist.all_to_all_single)
+    dist.reduce_scatter_tensor = _skip_alone(dist.reduce_scatter_tensor)
+    dist.all_gather_into_tensor = _skip_alone(dist.all_gather_into_tensor)
 
 
 def _substitute_torch_cuda() -> None:
@@ -190,9 +218,32 @@ def _import_megatron_uncompiled() -> None:
         torch.compile = compile_
 
 
+class _WeightGradients:
+    """NVIDIA apex's kernels that add a weight gradient to a buffer, as one matrix product."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(
+        input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor
+    ) -> None:
+        main_grad.addmm_(grad_output.t(), input)
+
+
+def _scale_in_place(
+    chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]], scale: float
+) -> None:
+    """Megatron-Core's fallback copies each gradient; it is only ever called to scale them in place."""
+    source, target = tensor_lists
+    assert all(a is b for a, b in zip(source, target, strict=True))
+    torch._foreach_mul_(target, scale)
+
+
 def _substitute_megatron() -> None:
     _import_megatron_uncompiled()
-    from megatron.core.tensor_parallel import random
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.tensor_parallel import layers, random
+
+    clip_grads.multi_tensor_scale_impl = _scale_in_place
+    layers.fused_weight_gradient_mlp_cuda = _WeightGradients
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

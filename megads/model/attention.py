@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megads.model.functional import causal_attention
+
 
 def allowed(
     query_positions_Q: Tensor,
@@ -45,11 +47,13 @@ def core_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention of a contiguous run of queries, at positions `first_query` and on [B, N, Q, V]."""
-    queries = q_BNQD.shape[2]
-    last = first_query + queries
+    last = first_query + q_BNQD.shape[2]
     k_BNKD, v_BNKV = k_BNKD[:, :, :last], v_BNKV[:, :, :last]
     window = None if window is not None and window >= last else window
     if first_query == 0 and window is None and documents_BK is None:
+        if q_BNQD.device.type == "cpu" and dropout == 0.0:
+            heads = (x.flatten(0, 1) for x in (q_BNQD, k_BNKD, v_BNKV))
+            return causal_attention(*heads, scale).unflatten(0, q_BNQD.shape[:2])
         return F.scaled_dot_product_attention(
             q_BNQD, k_BNKD, v_BNKV, is_causal=True, scale=scale, dropout_p=dropout
         )

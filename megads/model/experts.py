@@ -16,6 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megads.model.functional import swiglu
+
 
 class GroupedExperts(MegatronModule):
     """SwiGLU experts: `weight1` [E, 2, I, H] (gate, up), `weight2` [E, H, I]."""
@@ -47,12 +49,12 @@ class GroupedExperts(MegatronModule):
     def forward(self, tokens_TH: Tensor, tokens_per_expert: Tensor, gates_T: Tensor) -> tuple[Tensor, None]:
         """Gated expert outputs [T, H]: gate * down(silu(gate_proj(x)) * up_proj(x))."""
         if tokens_TH.shape[0] == 0:
-            # Nothing was routed here, yet every weight must take part in backward.
-            return tokens_TH + 0.0 * (self.weight1.sum() + self.weight2.sum()), None
+            # Nothing was routed here, yet every weight must take part in backward, and so must the gates:
+            # their gradient travels back through an all-to-all that the other ranks are waiting in.
+            return tokens_TH + 0.0 * (self.weight1.sum() + self.weight2.sum() + gates_T.sum()), None
         ends = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
         weight1 = self.weight1.flatten(1, 2).transpose(1, 2)
-        gate, up = F.grouped_mm(tokens_TH, weight1, offs=ends).chunk(2, dim=-1)
-        hidden_TI = F.silu(gate) * up * gates_T.unsqueeze(-1).to(gate.dtype)
+        hidden_TI = swiglu(F.grouped_mm(tokens_TH, weight1, offs=ends), gates_T)
         return F.grouped_mm(hidden_TI, self.weight2.transpose(1, 2), offs=ends), None
 
     def backward_dw(self) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
+from megads.model.functional import cross_entropy
 from megads.model.layers import block_submodules, mtp_spec
 from megads.model.rope import rotary_table
 
@@ -96,6 +97,10 @@ class LanguageModel(LanguageModule):
         if pre_process or post_process:
             # Marks the copies of the embedding, so that their gradients are summed over the stages.
             self.setup_embeddings_and_output_layer()
+        if self.share_embeddings_and_output_weights and self.mtp_process:
+            # MTP looks tokens up in the last stage's copy, so the table has a gradient besides the one that
+            # a fused linear adds to the buffer. Megatron-Core knows this of single-stage models only.
+            self.embedding.word_embeddings.weight.zero_out_wgrad = True
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
         """Activations from the previous stage, given by the pipeline schedule."""
@@ -150,5 +155,12 @@ class LanguageModel(LanguageModule):
                 continue
             if depth > 0:
                 labels_BS, _ = roll_tensor(labels_BS, shifts=-1, dims=-1, cp_group=self.cp_group)
-            predictions.append(self.compute_language_model_loss(labels_BS, logits_SBV.float()))
+            predictions.append(self._cross_entropy(logits_SBV.float(), labels_BS))
         return torch.stack(predictions)
+
+    def _cross_entropy(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Cross-entropy per token [B, S]; the vocabulary may be split over tensor parallelism."""
+        if self.tp_group.size() > 1:
+            return self.compute_language_model_loss(labels_BS, logits_SBV)
+        labels_SB = labels_BS.transpose(0, 1)
+        return cross_entropy(logits_SBV, labels_SB).transpose(0, 1)

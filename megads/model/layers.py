@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megads.config.schema import Config, MoE
 from megads.model.experts import GroupedExperts
+from megads.model.functional import swiglu
 from megads.model.mla import MultiLatentAttention
 from megads.model.norm import Norm
 from megads.model.router import Router
@@ -39,12 +40,26 @@ class DropoutMoELayer(MoELayer):
         return torch.nn.functional.dropout(output, self.dropout, self.training), bias
 
 
+class FeedForward(MLP):
+    """Megatron-Core's SwiGLU FFN with our activation."""
+
+    def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, None]:
+        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
+
+
+class SharedExperts(SharedExpertMLP):
+    """Megatron-Core's shared experts, all of them as one FFN, with our activation."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))[0]
+
+
 def _build_moe_layer(moe: MoE, **kwargs: Any) -> MoELayer:
     submodules = MoESubmodules(
         experts=GroupedExperts,
         router=partial(Router, moe=moe),
         shared_experts=partial(
-            SharedExpertMLP,
+            SharedExperts,
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         ),
     )
@@ -60,7 +75,7 @@ def layer_spec(config: Config, is_moe: bool) -> ModuleSpec:
         mlp = partial(_build_moe_layer, moe=config.model.moe)
     else:
         mlp = partial(
-            MLP.as_mlp_submodule,
+            FeedForward.as_mlp_submodule,
             submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         )
     # Megatron-Core's MTP layer looks for the mask type among the parameters.

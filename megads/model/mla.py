@@ -32,7 +32,6 @@ from megads.model.context_parallel import gather_sequence, local_chunks, local_p
 from megads.model.norm import Norm
 from megads.model.rope import rotate, softmax_scale
 
-
 # DeepSeek's code leaves the norms on the latents at this epsilon whatever the model's own is.
 LATENT_NORM_EPS = 1e-6
 

@@ -7,6 +7,8 @@ sequence-parallel instead, so that `finalize_model_grads` sums the partial gradi
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megads.model.functional import rms_norm
+
 
 class Norm(torch.nn.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm over the last dimension, by `config.normalization`."""
@@ -24,5 +26,5 @@ class Norm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize `x` [..., hidden_size]."""
         if self.bias is None:
-            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)

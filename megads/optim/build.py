@@ -10,6 +10,7 @@ import math
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.utils import get_model_config
 
 from megads.config.resolve import Resolved
@@ -30,11 +31,24 @@ def wrap_data_parallel(
         DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if resolved.device == "cpu":
+        for chunk in chunks:
+            _accumulate_in_buffers(chunk)
     transformer.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+def _accumulate_in_buffers(chunk: torch.nn.Module) -> None:
+    """Let linears add weight gradients straight to the data-parallel buffers (see `mcore.cpu`).
+
+    Only after wrapping: the buffers must exist.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.gradient_accumulation_fusion = True
 
 
 def build_optimizer(
@@ -45,6 +59,11 @@ def build_optimizer(
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     _refuse_nonfinite_gradients(optimizer)
     for inner in _inner_optimizers(optimizer):
+        if isinstance(inner.optimizer, _TORCH_ADAM):
+            # One pass over the weights instead of about ten; Megatron-Core does not ask for it.
+            inner.optimizer.defaults["fused"] = True
+            for group in inner.optimizer.param_groups:
+                group["fused"] = True
         if isinstance(inner.optimizer, _TORCH_ADAM) and hasattr(
             inner, "_set_main_param_and_optimizer_states"
         ):

@@ -45,7 +45,9 @@ def find_checkpoint(
         return None
     found = store.find(source)
     if found is not None:
-        check_compatible(commit.read_record(found.path), config, datasets.tokenizer_sha256)
+        record = commit.read_record(found.path)
+        allowed = config.checkpointing.allow_changed
+        check_compatible(record, config, datasets.tokenizer_sha256, allowed)
     return found
 
 

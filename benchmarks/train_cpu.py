@@ -1,0 +1,197 @@
+"""Training speed on the CPU: MegaDS against transformers' DeepseekV3, side by side in one process.
+
+    python benchmarks/train_cpu.py [--shape small] [--rounds 7] [--json FILE]
+
+Both train the same shape on the same random tokens with AdamW and gradient clipping, in FP32 on all
+cores: MegaDS through its own training step (Megatron-Core's schedule, data-parallel buffers, distributed
+optimizer; bias balancing and the sequence loss on, which transformers does not have), transformers with
+`loss.backward()`, and with the fastest of its expert implementations. MTP is off: transformers' model
+does not train it. Rounds alternate, so that noise of the machine hits both; medians are compared. The share of
+the matmul rate is model FLOPs per second over that of a large FP32 matmul measured in the same process.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megads.config.flops import count_parameters, training_flops_per_token
+from megads.config.loader import load_config
+from megads.config.resolve import resolve
+from megads.config.schema import Config
+from megads.mcore.groups import destroy_process_groups, initialize_device, initialize_process_groups
+
+# Overrides of the defaults; the widths that are left out follow from these.
+SHAPES: dict[str, dict[str, Any]] = {
+    # configs/debug.json without MTP
+    "debug": {
+        "model.num_layers": 4, "model.vocab_size": 4096, "model.mla.d_model": 128, "model.mla.d_latent": 64,
+        "model.mla.q_lora_rank": 64, "model.mla.num_heads": 4, "model.mla.qk_nope_head_dim": 32,
+        "model.mla.qk_rope_head_dim": 16, "model.mla.v_head_dim": 32, "model.moe.num_experts": 8,
+        "model.moe.expert_intermediate_size": 384, "training.seq_length": 256, "training.micro_batch_size": 4,
+    },
+    # wide enough that matrix products dominate
+    "small": {
+        "model.num_layers": 4, "model.vocab_size": 8192, "model.mla.d_model": 512, "model.mla.d_latent": 128,
+        "model.mla.q_lora_rank": 192, "model.mla.num_heads": 8, "model.mla.qk_nope_head_dim": 64,
+        "model.mla.qk_rope_head_dim": 32, "model.mla.v_head_dim": 64, "model.moe.num_experts": 16,
+        "model.moe.expert_intermediate_size": 512, "training.seq_length": 512, "training.micro_batch_size": 4,
+    },
+}  # fmt: skip
+COMMON = {
+    "model.first_k_dense_replace": 1, "model.moe.num_experts_per_token": 2, "model.moe.num_shared_experts": 1,
+    "model.moe.use_aux_loss_free": True, "model.init_method_std": 0.02, "distributed.device": "cpu",
+    "training.train_steps": 1, "training.lr_warmup_steps": 0, "training.use_bf16": False,
+}  # fmt: skip
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
+# Not "batched_mm": it copies the weights of each token's experts, tens of GB here.
+EXPERTS = ("grouped_mm", "eager")
+
+Step = Callable[[torch.Tensor], None]
+
+
+def megads_step(config: Config) -> Step:
+    """One optimizer step of MegaDS on a batch of tokens [B, S + 1]."""
+    from megads.train.step import Scalars, TrainingStep
+
+    training = TrainingStep(config, resolve(config, 1, False))
+    scalars = Scalars(LEARNING_RATE, WEIGHT_DECAY, 0.0, 0.001, 0.0)
+
+    def step(tokens: torch.Tensor) -> None:
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        batch = {"tokens": inputs, "labels": labels, "loss_mask": torch.ones(inputs.shape)}
+        training.train(iter([batch]), 1, scalars)
+
+    return step
+
+
+def transformers_step(config: Config, experts: str) -> Step:
+    """One optimizer step of transformers' model of the same shape."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    model_, mla, moe, shape = config.model, config.model.mla, config.model.moe, resolve(config, 1, False).shape
+    model = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=model_.vocab_size, hidden_size=mla.d_model, intermediate_size=shape.intermediate_size,
+            moe_intermediate_size=moe.expert_intermediate_size, num_hidden_layers=model_.num_layers,
+            num_attention_heads=mla.num_heads, num_key_value_heads=mla.num_heads,
+            n_shared_experts=moe.num_shared_experts, n_routed_experts=moe.num_experts,
+            routed_scaling_factor=moe.routed_scaling_factor, kv_lora_rank=mla.d_latent,
+            q_lora_rank=mla.q_lora_rank, qk_rope_head_dim=shape.qk_rope_head_dim, v_head_dim=shape.v_head_dim,
+            qk_nope_head_dim=shape.qk_nope_head_dim, n_group=1, topk_group=1,
+            num_experts_per_tok=moe.num_experts_per_token, first_k_dense_replace=model_.first_k_dense_replace,
+            max_position_embeddings=config.training.seq_length, use_cache=False,
+        )
+    ).float()  # fmt: skip
+    model.set_experts_implementation(experts)
+    expected, found = count_parameters(config).total, sum(p.numel() for p in model.parameters())
+    assert found == expected, f"the models differ: {found} parameters against {expected}"
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.95), fused=True
+    )
+
+    def step(tokens: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Step, tokens: torch.Tensor, steps: int) -> float:
+    """Mean seconds of `steps` steps."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        step(tokens)
+    return (time.perf_counter() - start) / steps
+
+
+def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
+    """Median seconds per step of each contender, their ratio and shares of the matmul rate."""
+    from megads.train.matmul_rate import measure_matmul_rate
+
+    training = config.training
+    tokens = torch.randint(config.model.vocab_size, (training.micro_batch_size, training.seq_length + 1))
+    candidates = {name: transformers_step(config, name) for name in EXPERTS}
+    trials = {name: min(seconds(step, tokens, 1) for _ in range(3)) for name, step in candidates.items()}
+    fastest = min(trials, key=lambda name: trials[name])
+    contenders = {"MegaDS": megads_step(config), f"transformers ({fastest})": candidates[fastest]}
+    for step in contenders.values():
+        seconds(step, tokens, 3)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    rates = []
+    for _ in range(rounds):
+        for name, step in contenders.items():
+            times[name].append(seconds(step, tokens, steps))
+        rates.append(measure_matmul_rate("cpu", torch.float32))
+    rate, per_step = statistics.median(rates), training.micro_batch_size * training.seq_length
+    flops = training_flops_per_token(config) * per_step
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ours, theirs = medians.values()
+    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    return {
+        "parameters": count_parameters(config).total,
+        "tokens_per_step": per_step,
+        "threads": torch.get_num_threads(),
+        "matmul_flops_per_second": rate,
+        "seconds_per_step": medians,
+        "tokens_per_second": {name: per_step / value for name, value in medians.items()},
+        "share_of_matmul_rate": {name: flops / value / rate for name, value in medians.items()},
+        "speedup": theirs / ours,
+        "speedup_range": [min(ratios), max(ratios)],
+    }
+
+
+def show(shape: str, result: dict[str, Any]) -> None:
+    table = Table(title=f"{shape}: {result['parameters'] / 1e6:.1f}M parameters, {result['threads']} threads")
+    for heading in ("", "ms/step", "tokens/s", "share of matmul rate"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, value in result["seconds_per_step"].items():
+        table.add_row(
+            name,
+            f"{1e3 * value:.1f}",
+            f"{result['tokens_per_second'][name]:,.0f}",
+            f"{result['share_of_matmul_rate'][name]:.1%}",
+        )
+    low, high = result["speedup_range"]
+    Console().print(table)
+    print(f"speedup {result['speedup']:.2f}x (rounds: {low:.2f} to {high:.2f}); "
+          f"matmul rate {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3, help="steps per round")
+    parser.add_argument("--json", help="write the results here")
+    arguments = parser.parse_args()
+    results = {}
+    for shape in arguments.shape or SHAPES:
+        overrides = {**COMMON, **SHAPES[shape]}
+        overrides["training.global_batch_size"] = overrides["training.micro_batch_size"]
+        overrides["model.mla.max_context_length"] = overrides["training.seq_length"]
+        config = load_config(None, overrides)
+        initialize_device("cpu")
+        initialize_process_groups(resolve(config, 1, False), 10, config.seed)
+        results[shape] = measure(config, arguments.rounds, arguments.steps)
+        destroy_process_groups()
+        show(shape, results[shape])
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=2)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

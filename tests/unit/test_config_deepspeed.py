@@ -1,0 +1,71 @@
+"""An enabled DeepSpeed block agrees with the rest, or is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megads.config.deepspeed import deepspeed_problems
+from megads.config.loader import load_config
+
+BLOCK = "distributed.deepspeed."
+
+
+def problems(accumulation_steps: int | None = None, **block: Any) -> list[str]:
+    overrides = {f"{BLOCK}{name}": value for name, value in ({"enabled": True} | block).items()}
+    return deepspeed_problems(load_config(None, overrides), accumulation_steps)[0]
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"gradient_clipping": 0.5}, "training.grad_clip is 1.0"),
+        ({"fp16": {"enabled": True}}, "training.use_fp16 is False"),
+        ({"bf16": {"enabled": False}}, "training.use_bf16 is True"),
+        ({"zero_optimization": {"stage": 2}}, "distributed.zero_stage is 1"),
+        ({"zero_optimization": {"overlap_comm": False}}, "distributed.overlap_grad_reduce is True"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "distributed.zero_offload"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "not offered"),
+        ({"gradient_accumulation_steps": 3}, "micro_batch_size x data parallelism"),
+        ({"zero_optimization": {"stge": 1}}, "did you mean zero_optimization.stage?"),
+        ({"bf16": {"qqqqqqqq": 1}}, "nothing like it"),
+    ],
+)
+def test_a_contradiction_or_an_unknown_key_is_a_problem(block: dict[str, Any], said: str) -> None:
+    (problem,) = problems(accumulation_steps=4, **block)
+    assert said in problem
+    assert "distributed.deepspeed." in problem
+
+
+def test_agreement_and_auto_pass() -> None:
+    zero = {"stage": 1, "overlap_comm": True, "offload_optimizer": {"device": "none"}}
+    assert problems(4, gradient_clipping=1.0, gradient_accumulation_steps=4, zero_optimization=zero) == []
+    assert problems(4, bf16={"enabled": "auto"}) == []
+
+
+def test_a_disabled_block_is_inert() -> None:
+    assert problems(enabled=False, gradient_clipping=0.5, config_file="gone.json") == []
+
+
+def test_tuning_of_its_buffers_is_noted() -> None:
+    block = {f"{BLOCK}enabled": True, f"{BLOCK}zero_optimization": {"reduce_bucket_size": 5e8}}
+    wrong, notes = deepspeed_problems(load_config(None, block), None)
+    assert wrong == []
+    assert "reduce_bucket_size" in notes[0]
+
+
+def test_its_file_is_read_and_compared(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"gradient_clipping": 0.5, "optimizer": {"type": "Adam"}}')
+    clipping, optimizer = problems(config_file=str(path))
+    assert "training.grad_clip" in clipping
+    assert str(path) in clipping
+    assert "optimizer.type" in optimizer
+    path.write_text('{"gradient_clipping": 0.5}')
+    (problem,) = problems(config_file=str(path), gradient_clipping=1.0)
+    assert "keep one" in problem
+    (problem,) = problems(config_file=str(tmp_path / "gone.json"))
+    assert "cannot be read" in problem
+    path.write_text("[]")
+    (problem,) = problems(config_file=str(path))
+    assert "object" in problem

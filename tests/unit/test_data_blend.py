@@ -1,0 +1,273 @@
+"""Blends through Megatron-Core: every token once an epoch, right shares, and errors before step 1."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
+
+from megads.config.resolve import resolve
+from megads.config.schema import Config
+from megads.data import blend as module
+from megads.data.blend import Datasets, SampleCounts, build_datasets
+from megads.data.indexed import data_files
+from megads.data.sources import source_shares
+from megads.errors import ConfigError, DataError
+
+from data_files import EOD_ID, numbered_documents, write_dataset  # isort: skip
+
+SEQ = 16
+VOCAB = 60_000
+
+
+def config_of(tmp_path: Path, sources: list[dict[str, Any]], **data: Any) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"vocab_size": VOCAB},
+            "training": {"seq_length": SEQ, "total_training_tokens": 10_000},
+            "data": {"cache_dir": str(tmp_path), "sources": sources, "split": "90,10,0", **data},
+        }
+    )
+
+
+def build(config: Config, **samples: int) -> Datasets:
+    return build_datasets(config, resolve(config, 1, False), SampleCounts(**samples))
+
+
+def unique_documents(count: int, start: int = 3) -> list[list[int]]:
+    """Documents of which no id but the end of document occurs twice."""
+    rng = np.random.default_rng(count)
+    ids = iter(range(start, VOCAB))
+    return [[*(next(ids) for _ in range(rng.integers(3, 40))), EOD_ID] for _ in range(count)]
+
+
+def ids_of(dataset: Any) -> np.ndarray:
+    return np.concatenate([dataset[i]["tokens"].numpy() for i in range(len(dataset))])
+
+
+def test_an_epoch_holds_every_token_once_and_splits_share_none(tmp_path: Path) -> None:
+    documents = unique_documents(300)
+    write_dataset(tmp_path / "a", documents, vocab_size=VOCAB)
+    config = config_of(tmp_path, [{"name": "a", "subset": "a"}])
+    train_tokens = sum(map(len, documents[:270]))
+    valid_tokens = sum(map(len, documents[270:]))
+    built = build(config, train=(train_tokens - 1) // SEQ, valid=(valid_tokens - 1) // SEQ)
+    assert built.valid is not None
+    train, valid = ids_of(built.train), ids_of(built.valid)
+    for ids, part in ((train, documents[:270]), (valid, documents[270:])):
+        assert ids.size >= sum(map(len, part)) - SEQ
+        words = ids[ids != EOD_ID]
+        assert len(set(words.tolist())) == words.size, "an id occurs twice within an epoch"
+        assert set(words.tolist()) <= {i for document in part for i in document}
+    assert train[:200].tolist() != sorted(train[:200].tolist()), "the order is shuffled"
+
+
+def test_samples_are_shaped_and_shifted(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", unique_documents(50), vocab_size=VOCAB)
+    sample = build(config_of(tmp_path, [{"name": "a", "subset": "a"}]), train=5).train[3]
+    assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids"}
+    assert all(value.shape == (SEQ,) for value in sample.values())
+    assert [sample[k].dtype for k in ("tokens", "labels", "loss_mask", "position_ids")] == [
+        torch.int64, torch.int64, torch.float32, torch.int64,
+    ]  # fmt: skip
+    assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+    assert sample["position_ids"].tolist() == list(range(SEQ))
+    assert sample["loss_mask"].tolist() == [1.0] * SEQ
+
+
+def test_masks_are_those_of_megatron_core(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", numbered_documents(200, 3, 500), vocab_size=VOCAB)
+    flags = {"reset_position_ids": True, "eod_mask_loss": True, "document_mask": True}
+    train = build(config_of(tmp_path, [{"name": "a", "subset": "a"}], **flags), train=200).train
+    boundaries = 0
+    for i in range(len(train)):
+        sample = train[i]
+        attention, loss_mask, positions = _get_ltor_masks_and_position_ids(
+            sample["tokens"], EOD_ID, True, True, True, True
+        )
+        assert torch.equal(sample["loss_mask"], loss_mask)
+        assert torch.equal(sample["position_ids"], positions)
+        ids = sample["document_ids"]
+        assert ids.dtype == torch.int32
+        visible = (ids[:, None] == ids[None, :]) & torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
+        assert torch.equal(visible, ~attention[0])
+        boundaries += int(ids[-1])
+    assert boundaries > 50
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_shares_of_the_blend(tmp_path: Path, temperature: float) -> None:
+    """Sources of disjoint ids; one of weight 0, one of two files with 3:1 tokens."""
+    write_dataset(tmp_path / "a", numbered_documents(100, 100, 200), vocab_size=VOCAB)
+    write_dataset(tmp_path / "b1", numbered_documents(300, 200, 300), vocab_size=VOCAB)
+    write_dataset(tmp_path / "b2", numbered_documents(100, 300, 400), vocab_size=VOCAB)
+    write_dataset(tmp_path / "never", numbered_documents(100, 400, 500), vocab_size=VOCAB)
+    sources = [
+        {"name": "a", "subset": "a", "weight": 0.8},
+        {"name": "b", "path": [str(tmp_path / "b1"), str(tmp_path / "b2")], "weight": 3.2},
+        {"name": "never", "subset": "never", "weight": 0},
+    ]
+    config = config_of(tmp_path, sources, mixing_temperature=temperature)
+    built = build(config, train=2000, valid=100, valid_per_source=20)
+    first = np.array([built.train[i]["tokens"].max() for i in range(2000)]) // 100
+    share_a = 0.2**temperature / (0.2**temperature + 0.8**temperature)
+    assert [source.share for source in built.sources] == pytest.approx([share_a, 1 - share_a])
+    tokens = {s.name: s.train_tokens for s in built.sources}
+    counts = {i: float(np.mean(first == i)) for i in (1, 2, 3, 4)}
+    assert counts[1] == pytest.approx(share_a, abs=2e-3)
+    assert counts[2] / (counts[2] + counts[3]) == pytest.approx(0.75, abs=0.05)
+    assert counts[4] == 0
+    # Every prefix of the run has its share already, not only the whole of it.
+    assert float(np.mean(first[:200] == 1)) == pytest.approx(share_a, abs=2e-2)
+    assert built.sources[0].train_epochs == pytest.approx(2000 * SEQ * share_a / tokens["a"])
+    assert set(built.valid_by_source) == {"a", "b"}
+    for name, low, high in (("a", 100, 200), ("b", 200, 400)):
+        ids = ids_of(built.valid_by_source[name])
+        assert len(built.valid_by_source[name]) == 20
+        assert np.all((ids == EOD_ID) | ((ids >= low) & (ids < high)))
+
+
+def test_more_samples_than_an_epoch(tmp_path: Path) -> None:
+    documents = unique_documents(40)
+    write_dataset(tmp_path / "a", documents, vocab_size=VOCAB)
+    config = config_of(tmp_path, [{"name": "a", "subset": "a"}], split="100,0,0")
+    epoch_tokens = sum(map(len, documents))
+    train = build(config, train=10 * epoch_tokens // SEQ).train
+    ids, counts = np.unique(ids_of(train), return_counts=True)
+    seen = counts[ids != EOD_ID]
+    assert len(seen) == sum(len(document) - 1 for document in documents)
+    assert seen.min() >= 8
+    assert seen.max() <= 11
+
+
+def test_the_order_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", unique_documents(100), vocab_size=VOCAB)
+    write_dataset(tmp_path / "b", unique_documents(50, start=30_000), vocab_size=VOCAB)
+    sources = [{"name": "a", "subset": "a"}, {"name": "b", "subset": "b"}]
+
+    def order(cache: str, seed: int | None = None) -> list[int]:
+        config = config_of(
+            tmp_path, [{"name": s["name"], "path": str(tmp_path / s["name"])} for s in sources],
+            cache_dir=str(tmp_path / cache), preprocessing={"shuffle_seed": seed},
+        )  # fmt: skip
+        return ids_of(build(config, train=200).train).tolist()
+
+    built, cached, afresh = order("one"), order("one"), order("two")
+    assert built == cached == afresh
+    assert order("one", seed=42) == built, "null means the run's seed, which is 42"
+    assert order("one", seed=43) != built
+
+
+def test_a_dataset_made_again_under_its_name_is_not_read_by_the_old_index(tmp_path: Path) -> None:
+    """Megatron-Core's own cache is keyed by path: it would serve old offsets into new documents."""
+    config = config_of(tmp_path, [{"name": "a", "subset": "a"}], split="100,0,0")
+    for count in (80, 120):
+        documents = unique_documents(count)
+        write_dataset(tmp_path / "a", documents, vocab_size=VOCAB)
+        samples = sum(map(len, unique_documents(80))) // SEQ - 1
+        words = ids_of(build(config, train=samples).train)
+        streams = "".join(f" {i} " for document in documents for i in document)
+        words = words[words != EOD_ID]
+        assert len(set(words.tolist())) == words.size
+        assert all(f" {i} " in streams for i in words[:50])
+
+
+def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(tmp_path / "a", unique_documents(100), vocab_size=VOCAB)
+    config = config_of(tmp_path, [{"name": "a", "subset": "a"}])
+    with monkeypatch.context() as patched:
+        patched.setattr(module.IndexCache, "complete", lambda self: None)  # killed before the end
+        expected = ids_of(build(config, train=100).train).tolist()
+    for file in (tmp_path / "index").rglob("*.npy"):
+        os.truncate(file, file.stat().st_size // 2)
+    assert ids_of(build(config, train=100).train).tolist() == expected
+    assert len(list((tmp_path / "index").glob("*.complete"))) == 1
+
+
+def test_many_files_and_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = write_dataset(tmp_path / "big", numbered_documents(50, 3, 500), vocab_size=VOCAB)
+    for i in range(60):
+        write_dataset(tmp_path / "shards" / f"{i:02d}", numbered_documents(8, 3, 500), vocab_size=VOCAB)
+    sources = [
+        {"name": "big", "path": str(big), "weight": 0.9},
+        {"name": "shards", "subset": "shards", "weight": 0.1},
+    ]
+    config = config_of(tmp_path, sources, split="100,0,0")
+    assert len(build(config, train=100).train) == 100
+    monkeypatch.setattr(module, "_surplus", lambda blend: 0.005)  # Megatron-Core's own
+    monkeypatch.setattr(
+        module.IndexCache, "open", lambda *args: module.IndexCache(tmp_path / "x", tmp_path / "y", True)
+    )
+    with pytest.raises(IndexError, match="oversamples"):
+        build(config, train=100)
+
+
+def test_a_split_too_small_for_a_sequence_says_so(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", [[*range(3, 12), EOD_ID]] * 20, vocab_size=VOCAB)
+    config = config_of(tmp_path, [{"name": "web", "subset": "a"}], split="95,5,0")
+    with pytest.raises(
+        DataError,
+        match=r"'web': its validation split .* has 10 tokens in 1 documents, and one sequence takes 17",
+    ):
+        build(config, train=5, valid=1)
+    with pytest.raises(DataError, match=r"'web'.* validation"):
+        build(config, train=5, valid_per_source=1)
+    empty = config_of(tmp_path, [{"name": "web", "subset": "a"}], split="99,1,0")
+    with pytest.raises(DataError, match="0 tokens in 0 documents"):
+        build(empty, train=5, valid=1)
+    assert build(empty, train=5).valid is None
+    none = config_of(tmp_path, [{"name": "web", "subset": "a"}], split="100,0,0")
+    with pytest.raises(ConfigError, match="leaves nothing for test"):
+        build(none, train=5, test=1)
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", unique_documents(30), vocab_size=VOCAB)
+    write_dataset(tmp_path / "b", unique_documents(30), vocab_size=VOCAB, sha256="b" * 64)
+    (tmp_path / "hollow").mkdir()
+    cases: list[tuple[list[dict[str, Any]], type[Exception], str]] = [
+        ([{"name": "a", "subset": "missing"}], DataError, r"missing\.bin: no such file"),
+        ([{"name": "a", "subset": "hollow"}], DataError, "no dataset"),
+        ([{"name": "a"}], ConfigError, "path or a subset"),
+        ([{"name": "a", "subset": "a", "weight": 0}], ConfigError, "weight above 0"),
+        ([], ConfigError, "weight above 0"),
+        ([{"name": "a", "subset": "a"}, {"name": "a", "subset": "b"}], ConfigError, "same name"),
+        ([{"name": "a", "subset": "a"}, {"name": "b", "subset": "b"}], DataError, "another tokenizer"),
+    ]
+    for sources, error, said in cases:
+        with pytest.raises(error, match=said):
+            build(config_of(tmp_path, sources), train=5)
+    config = config_of(tmp_path, [{"name": "a", "subset": "a"}])
+    small = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 100})})
+    with pytest.raises(DataError, match="model's vocabulary only 100"):
+        build(small, train=5)
+    with pytest.raises(ConfigError, match=r"data\.split"):
+        build(config_of(tmp_path, [{"name": "a", "subset": "a"}], split="all"), train=5)
+
+
+def test_a_dataset_without_record(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", unique_documents(60), vocab_size=VOCAB)
+    data_files(tmp_path / "a")[2].unlink()
+    assert len(build(config_of(tmp_path, [{"name": "a", "subset": "a"}]), train=5).train) == 5
+    with pytest.raises(DataError, match="document_mask needs"):
+        build(config_of(tmp_path, [{"name": "a", "subset": "a"}], document_mask=True), train=5)
+
+
+def test_an_id_beyond_the_vocabulary_is_caught_when_read(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", unique_documents(60), vocab_size=VOCAB)
+    bin_path = data_files(tmp_path / "a")[0]
+    bin_path.write_bytes(b"\xff" * bin_path.stat().st_size)
+    train = build(config_of(tmp_path, [{"name": "a", "subset": "a"}]), train=5).train
+    with pytest.raises(DataError, match="token id 65535, the vocabulary has 60,000"):
+        train[0]
+
+
+def test_shares_are_normalized() -> None:
+    sources = Config.model_validate(
+        {"data": {"sources": [{"name": "x", "weight": 4}, {"name": "y", "weight": 1}]}}
+    ).data.sources
+    assert source_shares(sources, 1.0) == {"x": 0.8, "y": 0.2}
+    assert source_shares(sources, 0.5) == {"x": pytest.approx(2 / 3), "y": pytest.approx(1 / 3)}

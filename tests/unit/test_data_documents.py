@@ -1,0 +1,145 @@
+"""Reading Dolma-format files: every format, and every way in which input can be bad."""
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from megads.data.documents import find_inputs, parse_texts, read_line_batches, read_texts
+from megads.errors import DataError
+
+TEXTS = ["first", "second\nwith a line break", "drei: äöü ▁ 🎉", ""]
+LINES = b"".join(
+    json.dumps({"id": str(i), "text": t, "source": "x"}).encode() + b"\n" for i, t in enumerate(TEXTS)
+)
+
+
+def two_zstd_frames(data: bytes) -> bytes:
+    half = len(data) // 2
+    compressor = zstandard.ZstdCompressor()
+    return compressor.compress(data[:half]) + compressor.compress(data[half:])
+
+
+def two_gzip_members(data: bytes) -> bytes:
+    half = len(data) // 2
+    return gzip.compress(data[:half]) + gzip.compress(data[half:])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", LINES),
+        ("a.jsonl", LINES.rstrip(b"\n")),
+        ("a.jsonl", LINES.replace(b"\n", b"\r\n\n")),
+        ("a.json.gz", gzip.compress(LINES)),
+        ("a.gz", two_gzip_members(LINES)),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES)),
+        ("a.zst", two_zstd_frames(LINES)),
+        ("a.unknown", gzip.compress(LINES)),
+    ],
+)
+@pytest.mark.parametrize("batch_bytes", [1, 7, 1 << 20])
+def test_every_format_gives_the_texts(tmp_path: Path, name: str, content: bytes, batch_bytes: int) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    batches = list(read_line_batches(path, batch_bytes=batch_bytes))
+    assert [text for batch in batches for text in parse_texts(batch)] == TEXTS
+    assert batches[-1].input_bytes_read == len(content)
+
+
+@pytest.mark.parametrize(
+    ("bad_line", "said"),
+    [
+        (b'{"id": "2"}', "no field 'text'"),
+        (b'{"text": null}', "found null"),
+        (b'{"text": 17}', "found a int"),
+        (b'{"text": ["a"]}', "found a list"),
+        (b'["text"]', "expected a JSON object, found a list"),
+        (b'{"text": "unfinished', "not a JSON object on one line"),
+        (b"not json", "not a JSON object on one line"),
+        (b'{"text": "\xff\xfe"}', "not UTF-8"),
+        (b'{"text": "\\ud800"}', "not a JSON object on one line"),
+    ],
+)
+@pytest.mark.parametrize("batch_bytes", [11, 1 << 20])
+def test_a_bad_record_names_file_and_line(
+    tmp_path: Path, bad_line: bytes, said: str, batch_bytes: int
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n{"text": "three"}\n' + bad_line + b'\n{"text": "five"}\n')
+    batches = read_line_batches(path, batch_bytes=batch_bytes)
+    with pytest.raises(DataError) as caught:
+        [parse_texts(batch) for batch in batches]
+    assert f"{path}, line 4: " in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+def test_damaged_compression_is_an_error(tmp_path: Path, ending: str, damage: str) -> None:
+    data = b"".join(b'{"text": "%d"}\n' % (i * 7919) for i in range(50_000))
+    packed = (
+        gzip.compress(data)
+        if ending == ".gz"
+        else zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    )
+    flipped = bytearray(packed)
+    flipped[len(packed) // 2] ^= 0x10
+    content = {"truncated": packed[:-100], "flipped": bytes(flipped), "empty": b"", "other": LINES}[damage]
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.(gz|zst), line \d+: "):
+        list(read_texts([path]))
+
+
+def test_every_truncation_of_a_zstd_file_is_an_error(tmp_path: Path) -> None:
+    packed = two_zstd_frames(LINES)
+    first_frame = len(zstandard.ZstdCompressor().compress(LINES[: len(LINES) // 2]))
+    path = tmp_path / "a.zst"
+    for length in set(range(len(packed))) - {first_frame}:
+        path.write_bytes(packed[:length])
+        with pytest.raises(DataError):
+            list(read_texts([path]))
+
+
+def test_a_giant_line_is_refused_and_memory_is_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(b'{"text": "' + bytes(64 << 20)))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="line 1: the line is longer than 2,097,152 bytes"):
+        list(read_line_batches(path, max_line_bytes=2 << 20))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 16 << 20
+
+
+def test_reading_is_a_stream(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl.zst"
+    line = json.dumps({"text": "x" * 1000}).encode() + b"\n"
+    path.write_bytes(zstandard.ZstdCompressor().compress(line * 40_000))
+    tracemalloc.start()
+    count = sum(1 for _ in read_texts([path]))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 40_000
+    assert peak_bytes < 30 << 20, "the file holds 40 MB in 4 KB"
+
+
+def test_find_inputs(tmp_path: Path) -> None:
+    for name in ("b/2.json.gz", "b/1.zst", "a.jsonl", "notes.md", ".hidden.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_inputs([tmp_path, tmp_path / "notes.md"])
+    assert [str(p.relative_to(tmp_path)) for p in found] == ["a.jsonl", "b/1.zst", "b/2.json.gz", "notes.md"]
+    (tmp_path / "none").mkdir()
+    for wrong in (tmp_path / "none", tmp_path / "missing"):
+        with pytest.raises(DataError, match=wrong.name):
+            find_inputs([wrong])
+
+
+def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="gone"):
+        list(read_texts([tmp_path / "gone.jsonl"]))

@@ -1,0 +1,149 @@
+"""The order of micro-batches: one integer decides it, whatever the number of ranks and workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megads.data.loader import Loader, build_loader
+from megads.errors import DataError, TrainingError
+
+
+class Numbers(Dataset[dict[str, Tensor]]):
+    """Sample i is the number i."""
+
+    def __init__(self, length: int, bad: int = -1) -> None:
+        self.length = length
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == self.bad:
+            raise DataError(f"sample {index} is bad")
+        return {"tokens": torch.full((4,), index), "pid": torch.tensor(os.getpid())}
+
+
+def loader_of(dataset: Numbers, **changes: Any) -> Loader:
+    settings = {
+        "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "consumed_samples": 0, "num_workers": 0,
+        "prefetch_factor": 2, "pin_memory": False, "persistent_workers": False,
+    }  # fmt: skip
+    return build_loader(dataset, **{**settings, **changes})
+
+
+def numbers(loader: Loader, batches: int | None = None) -> list[list[int]]:
+    taken = loader if batches is None else (next(loader) for _ in range(batches))
+    return [batch["tokens"][:, 0].tolist() for batch in taken]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_global_batches_are_the_same_for_every_layout(dp_size: int, num_workers: int) -> None:
+    """Global batches of 8 out of 40 samples, consumed from 8 on: {8..15}, {16..23}, ..."""
+    rounds = 8 // (2 * dp_size)
+    per_rank = [
+        numbers(
+            loader_of(Numbers(43), dp_rank=rank, dp_size=dp_size, consumed_samples=8, num_workers=num_workers)
+        )
+        for rank in range(dp_size)
+    ]
+    assert {len(batches) for batches in per_rank} == {(43 - 8) // (2 * dp_size)}
+    for step in range(4):
+        batch = [
+            n for ranks in per_rank for chunk in ranks[step * rounds : (step + 1) * rounds] for n in chunk
+        ]
+        assert sorted(batch) == list(range(8 + 8 * step, 16 + 8 * step))
+    first_round = [n for ranks in per_rank for n in ranks[0]]
+    assert first_round == list(range(8, 8 + 2 * dp_size)), "rank r takes the r-th slice"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_anywhere_gives_the_rest(num_workers: int) -> None:
+    whole = numbers(loader_of(Numbers(40), num_workers=num_workers))
+    for consumed in (2, 14, 38, 40, 100):
+        assert (
+            numbers(loader_of(Numbers(40), consumed_samples=consumed, num_workers=num_workers))
+            == whole[consumed // 2 :]
+        )
+
+
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_rewinding_forgets_what_was_read_ahead(num_workers: int, persistent: bool) -> None:
+    loader = loader_of(Numbers(1000), num_workers=num_workers, persistent_workers=persistent)
+    first = [next(loader) for _ in range(3)]
+    loader.rewind(100)
+    assert numbers(loader, 3) == [[100, 101], [102, 103], [104, 105]]
+    loader.rewind(0)
+    again = [next(loader) for _ in range(3)]
+    assert [b["tokens"][:, 0].tolist() for b in again] == [[0, 1], [2, 3], [4, 5]]
+    pids = [{int(p) for b in batches for p in b["pid"]} for batches in (first, again)]
+    assert (pids[0] == pids[1]) == (persistent or num_workers == 0)
+    loader.close()
+    if num_workers:
+        for pid in pids[1]:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_in_a_worker_reaches_the_trainer(num_workers: int) -> None:
+    loader = loader_of(Numbers(40, bad=5), num_workers=num_workers)
+    assert numbers(loader, 2) == [[0, 1], [2, 3]]
+    with pytest.raises(DataError, match="sample 5 is bad"):
+        next(loader)
+
+
+def test_a_killed_worker_is_an_error_and_no_hang() -> None:
+    loader = loader_of(Numbers(100_000), num_workers=2)
+    pids = {int(p) for _ in range(2) for p in next(loader)["pid"]}
+    os.kill(pids.pop(), signal.SIGKILL)
+    with pytest.raises(TrainingError, match="loader process was killed"):
+        for _ in loader:
+            pass
+
+
+def test_workers_die_with_a_killed_trainer_and_ignore_its_signals(tmp_path: Path) -> None:
+    script = f"""
+import os, sys, time, signal
+sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
+signal.signal(signal.SIGUSR1, lambda *a: None)
+from test_data_loader import Numbers, loader_of
+loader = loader_of(Numbers(100_000), num_workers=2)
+pids = {{int(p) for _ in range(4) for p in next(loader)["pid"]}}
+for pid in pids:
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(pid, number)
+for _ in range(50):
+    next(loader)
+print(*pids, flush=True)
+time.sleep(60)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    pids = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert len(pids) == 2
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 3.0  # torch's own watchdog takes 5 s
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}/stat").exists() for pid in pids):
+        if all(_is_zombie(pid) for pid in pids):
+            break
+        time.sleep(0.05)
+    assert all(not Path(f"/proc/{pid}/stat").exists() or _is_zombie(pid) for pid in pids)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

@@ -1,0 +1,199 @@
+"""Tokenizers: nothing is lost, no text becomes a control token, training is deterministic."""
+
+import random
+import sysconfig
+from pathlib import Path
+
+import orjson
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from megads.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
+from megads.data.tokenizer_training import FIM_TOKENS, sample_texts, train_sentencepiece
+from megads.errors import DataError
+
+from data_files import write_json_lines  # isort: skip
+
+CONTROL_LITERALS = [
+    "</s>", "<s>", "<unk>", "<pad>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>",
+    "<｜User｜>", "<0x0A>", "[EOS]", "[INST]", *FIM_TOKENS,
+]  # fmt: skip
+HARD_TEXTS = [
+    "", " ", "  leading and trailing  ", "\n\n\t mixed \r\n space\u00a0s\u2003", "▁", "a▁▁b ▁", "▁ \n▁",
+    "日本語 العربية हिन्दी 🎉👩‍👩‍👧 e\u0301", "\x00\x01\x7f", "\ufeffBOM", "12345 3.14e-10",
+    "def f(x):\n    return  x",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return [(library / name).read_text() for name in ("argparse.py", "typing.py", "inspect.py", "ast.py")]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sp") / "tokenizer.model"
+    train_sentencepiece(texts, path, 1000)
+    return path
+
+
+@pytest.fixture(scope="module")
+def huggingface_model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE as DeepSeek's, with all that published files bring along."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    special = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    model.add_tokens([tokenizers.AddedToken("<｜User｜>", normalized=False), "     "])
+    model.post_processor = processors.TemplateProcessing(
+        single="<｜begin▁of▁sentence｜> $A", special_tokens=[("<｜begin▁of▁sentence｜>", 0)]
+    )
+    model.enable_truncation(max_length=8)
+    model.enable_padding(length=16, pad_token="<pad>", pad_id=2)
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    model.save(str(path))
+    return path
+
+
+@pytest.fixture(params=["sentencepiece", "huggingface"])
+def tokenizer(
+    request: pytest.FixtureRequest, sentencepiece_model: Path, huggingface_model: Path
+) -> Tokenizer:
+    return load_tokenizer(sentencepiece_model if request.param == "sentencepiece" else huggingface_model)
+
+
+def random_texts(count: int) -> list[str]:
+    """Strings over all of Unicode but surrogates, with spaces and U+2581 more often than chance."""
+    rng = random.Random(0)
+    planes = [(0x20, 0x7F), (0xA0, 0x2FF), (0x2580, 0x2583), (0x0, 0x20), (0xE000, 0x10FFFF), (0x20, 0x21)]
+    return [
+        "".join(chr(rng.randint(*rng.choice(planes))) for _ in range(rng.randint(1, 40)))
+        for _ in range(count)
+    ]
+
+
+def test_decode_gives_back_every_text(tokenizer: Tokenizer, texts: list[str]) -> None:
+    samples = [*texts, *HARD_TEXTS, *CONTROL_LITERALS, *random_texts(500)]
+    for text, ids in zip(samples, tokenizer.encode_batch(samples), strict=True):
+        assert tokenizer.decode(ids) == text
+
+
+def test_ids_are_within_the_vocabulary_and_never_the_end_of_document(
+    tokenizer: Tokenizer, texts: list[str]
+) -> None:
+    everything = [i for ids in tokenizer.encode_batch([*texts, *HARD_TEXTS, *CONTROL_LITERALS]) for i in ids]
+    assert min(everything) >= 0
+    assert max(everything) < tokenizer.vocab_size
+    assert tokenizer.eod_id not in everything
+    assert 0 <= tokenizer.eod_id < tokenizer.vocab_size
+    assert tokenizer.decode([tokenizer.eod_id]) == ""
+
+
+@pytest.mark.parametrize("literal", CONTROL_LITERALS)
+def test_control_tokens_in_a_text_stay_text(tokenizer: Tokenizer, literal: str) -> None:
+    (ids,) = tokenizer.encode_batch([f"before {literal} after{literal}"])
+    (alone,) = tokenizer.encode_batch([literal])
+    assert len(alone) > 1, f"{literal} became one token"
+    assert len(ids) > 2 + 2
+    assert tokenizer.decode(ids) == f"before {literal} after{literal}"
+
+
+def test_huggingface_would_have_injected_them(huggingface_model: Path) -> None:
+    """The defence above is needed: the library itself turns the literal into the control id."""
+    plain = tokenizers.Tokenizer.from_file(str(huggingface_model))
+    plain.no_truncation()
+    plain.no_padding()
+    ids = plain.encode("a<｜end▁of▁sentence｜>b<｜User｜>", add_special_tokens=False).ids
+    assert {plain.token_to_id("<｜end▁of▁sentence｜>"), plain.token_to_id("<｜User｜>")} <= set(ids)
+
+
+def test_huggingface_extras_of_the_file_do_not_act(huggingface_model: Path) -> None:
+    """No truncation to 8, no padding to 16, no beginning-of-sentence; added tokens that are text stay."""
+    tokenizer = load_tokenizer(huggingface_model)
+    spec = orjson.loads(huggingface_model.read_bytes())
+    by_name = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    (ids,) = tokenizer.encode_batch(["one two three four five six seven eight nine ten eleven twelve"])
+    assert len(ids) > 16
+    assert not set(by_name.values()) & set(ids)
+    assert by_name["     "] in tokenizer.encode_batch(["a" + " " * 5 + "b"])[0]
+    assert tokenizer.vocab_size == max(by_name.values()) + 1
+    assert tokenizer.eod_id == by_name["<｜end▁of▁sentence｜>"]
+
+
+def test_end_of_document_by_name_and_by_config(
+    huggingface_model: Path, sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    assert load_tokenizer(huggingface_model, eod_token="<pad>").eod_id == 2
+    copy = tmp_path / "tokenizer.json"
+    copy.write_bytes(huggingface_model.read_bytes())
+    for eos in ("<pad>", {"content": "<pad>"}):
+        (tmp_path / "tokenizer_config.json").write_bytes(orjson.dumps({"eos_token": eos}))
+        assert load_tokenizer(tmp_path).eod_id == 2
+    for path in (huggingface_model, sentencepiece_model):
+        with pytest.raises(DataError, match="'<nothing>'"):
+            load_tokenizer(path, eod_token="<nothing>")
+
+
+def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.model", b"garbage"),
+        ("a.json", b'{"a": 1}'),
+        ("b.json", b'{"a'),
+        ("empty.model", b""),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            load_tokenizer(tmp_path / name)
+    for missing in (tmp_path, tmp_path / "none.model"):
+        with pytest.raises(DataError, match=missing.name):
+            load_tokenizer(missing)
+
+
+def test_training_is_deterministic_and_says_what_it_holds(
+    texts: list[str], sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    again = train_sentencepiece(texts, tmp_path / "b.model", 1000)
+    assert again.path.read_bytes() == sentencepiece_model.read_bytes()
+    tokenizer = load_tokenizer(again.path)
+    assert tokenizer.vocab_size == 1000
+    assert tokenizer.kind == "sentencepiece"
+    assert tokenizer.sha256 == tokenizer_sha256(again.path)
+    # Digits stand alone and line breaks are tokens, so numbers and code are spelled evenly.
+    assert len(tokenizer.encode_batch(["20252025"])[0]) == 8
+    assert len(tokenizer.encode_batch(["\n\t\n"])[0]) == 3
+    bytes_per_token = sum(len(t.encode()) for t in texts) / sum(map(len, tokenizer.encode_batch(texts)))
+    assert bytes_per_token > 2.0
+
+
+@pytest.mark.parametrize("vocab_size", [10, 100_000])
+def test_an_impossible_vocabulary_is_a_data_error(tmp_path: Path, vocab_size: int) -> None:
+    with pytest.raises(DataError, match=f"{vocab_size:,}"):
+        train_sentencepiece(["a few words of text, no more"], tmp_path / "t.model", vocab_size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_spreads_over_files(tmp_path: Path) -> None:
+    small = write_json_lines(tmp_path / "small.jsonl", ["s" * 100] * 3)
+    large = write_json_lines(tmp_path / "large.jsonl", ["l" * 100] * 100)
+    taken = list(sample_texts([large, small], max_bytes=2000))
+    assert sum(text[0] == "s" for text in taken) == 3
+    assert sum(text[0] == "l" for text in taken) == 17
+
+
+def test_control_tokens_that_are_plain_pieces_of_the_model(tmp_path: Path) -> None:
+    """A unigram vocabulary that holds `</s>` itself, as published ones do, would match it in a text."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "</s>ab ")]
+    model = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    model.add_special_tokens(["<unk>", "</s>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    (ids,) = tokenizer.encode_batch(["a</s>b</s>"])
+    assert tokenizer.eod_id == 1
+    assert [pieces[i][0] for i in ids] == list("a</s>b</s>")
