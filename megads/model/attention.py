@@ -52,8 +52,8 @@ def core_attention(
     window = None if window is not None and window >= last else window
     if first_query == 0 and window is None and documents_BK is None:
         if q_BNQD.device.type == "cpu" and dropout == 0.0:
-            heads = (x.flatten(0, 1) for x in (q_BNQD, k_BNKD, v_BNKV))
-            return causal_attention(*heads, scale).unflatten(0, q_BNQD.shape[:2])
+            q, k, v = (x.flatten(0, 1) for x in (q_BNQD, k_BNKD, v_BNKV))
+            return causal_attention(q, k, v, scale).unflatten(0, q_BNQD.shape[:2])
         return F.scaled_dot_product_attention(
             q_BNQD, k_BNKD, v_BNKV, is_causal=True, scale=scale, dropout_p=dropout
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import random
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -28,6 +29,19 @@ from megads.model.functional import swiglu
 from megads.model.mla import MultiLatentAttention
 from megads.model.norm import Norm
 from megads.model.router import Router
+
+
+class Layer(TransformerLayer):
+    """Megatron-Core's layer, also for `gradient_checkpointing` "selective" without Transformer Engine.
+
+    Its recomputation of norms asks Transformer Engine whether FP8 is on; where there is none, the norms'
+    outputs are kept and only MLA's up-projections are recomputed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not random.HAVE_TE:
+            self.recompute_input_layernorm = self.recompute_pre_mlp_layernorm = False
 
 
 class DropoutMoELayer(MoELayer):
@@ -81,7 +95,7 @@ def layer_spec(config: Config, is_moe: bool) -> ModuleSpec:
     # Megatron-Core's MTP layer looks for the mask type among the parameters.
     attention = {"mla": config.model.mla, "attn_mask_type": AttnMaskType.causal}
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(module=MultiLatentAttention, params=attention),

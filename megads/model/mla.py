@@ -182,7 +182,9 @@ class MultiLatentAttention(MegatronModule):
         )
         kv_latent = self.kv_layernorm(kv_latent)
 
-        checkpoint = CheckpointWithoutOutput() if self.recompute_up_projection and self.training else None
+        # None, not the default False: Megatron-Core takes any other value for FP8 and asks Transformer Engine.
+        recompute = self.recompute_up_projection and self.training
+        checkpoint = CheckpointWithoutOutput(fp8=None) if recompute else None
         project_up = self._project_up
         if checkpoint is not None:
             q, k, v = checkpoint.checkpoint(project_up, q_latent, kv_latent, rope_key, rotary_pos_emb)

@@ -17,9 +17,10 @@ Where the papers leave a choice, or published code departs from them:
   groups, nor dropping enter. They include every token: `loss_mask` is for token losses.
 - Over capacity, an expert keeps the tokens with the largest gates of the micro-batch (Megatron-Core's
   policy "probs"); gates are not normalized again.
-- MTP reads the hidden state after the final norm (eq. 21 leaves it open), concatenates [embedding;
-  hidden] (the paper writes [hidden; embedding]) and averages each depth's loss over the positions
-  that have a label (eq. 24 divides by T): Megatron-Core and the published weights do so.
+- MTP reads the hidden state after the final norm (eq. 21 leaves it open) and concatenates [embedding;
+  hidden] (the paper writes [hidden; embedding]): Megatron-Core and the published weights do so.
+- Each depth's loss is the sum over the positions that have a label, divided by the tokens of the main
+  loss, T = sum(loss_mask), which is eq. 24 to the letter; Megatron-Core averages over the labels.
 
 Not here: dropout and router noise (random, refused), FP8, decoding caches, speed. Scores, norms and
 losses are in float32 at least, so that the model can also run in float64. One file, however long: it
@@ -80,7 +81,7 @@ class Losses:
     lm: Tensor
     """Mean cross-entropy of the next token over `loss_mask`."""
     mtp: tuple[Tensor, ...]
-    """Mean cross-entropy of each depth over the positions that have a label (eq. 24)."""
+    """Each depth's summed cross-entropy over the tokens T of the main loss (eq. 24)."""
     balance: Tensor
     """Sum over the MoE layers, MTP included."""
     z: Tensor
@@ -435,11 +436,10 @@ def shift_left(x_BS: Tensor) -> Tensor:
     return F.pad(x_BS[:, 1:], (0, 1))
 
 
-def token_losses(logits_BSW: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked cross-entropy [B, S] and its mean over the mask (0 when the mask is empty)."""
+def token_losses(logits_BSW: Tensor, labels_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """Cross-entropy of each token [B, S], 0 where masked."""
     loss_T = F.cross_entropy(at_least_fp32(logits_BSW).flatten(0, 1), labels_BS.flatten(), reduction="none")
-    loss_BS = loss_T.view_as(labels_BS) * mask_BS
-    return loss_BS, loss_BS.sum() / mask_BS.sum().clamp(min=1)
+    return loss_T.view_as(labels_BS) * mask_BS
 
 
 class ReferenceModel(nn.Module):
@@ -512,25 +512,28 @@ class ReferenceModel(nn.Module):
         """
         moe, training = self.config.model.moe, self.config.training
         output = self(tokens_BS, position_ids_BS, document_ids_BS)
-        lm_BS, lm = token_losses(output.logits_BSW, labels_BS, loss_mask_BS)
-        mtp = []
+        tokens = loss_mask_BS.sum().clamp(min=1)  # T; a mask without tokens gives 0
+        lm_BS = token_losses(output.logits_BSW, labels_BS, loss_mask_BS)
+        lm = lm_BS.sum() / tokens
+        mtp_BS = []
         for logits_BSW in output.mtp_logits_BSW:
             labels_BS, loss_mask_BS = shift_left(labels_BS), shift_left(loss_mask_BS)
-            mtp.append(token_losses(logits_BSW, labels_BS, loss_mask_BS))
+            mtp_BS.append(token_losses(logits_BSW, labels_BS, loss_mask_BS))
+        mtp = tuple(loss_BS.sum() / tokens for loss_BS in mtp_BS)  # eq. 24
         zero = torch.zeros_like(lm)
         balance = sum((routing.balance_loss for routing in output.routings), zero)
         z = sum((routing.z_loss for routing in output.routings), zero)
         total = lm + moe.router_aux_loss_weight * balance + moe.router_z_loss_weight * z
         if mtp:
-            total = total + training.mtp_loss_weight * torch.stack([mean for _, mean in mtp]).mean()  # eq. 25
+            total = total + training.mtp_loss_weight * torch.stack(mtp).mean()  # eq. 25
         return Losses(
             total=total,
             lm=lm,
-            mtp=tuple(mean for _, mean in mtp),
+            mtp=mtp,
             balance=balance,
             z=z,
             lm_BS=lm_BS,
-            mtp_BS=tuple(loss_BS for loss_BS, _ in mtp),
+            mtp_BS=tuple(mtp_BS),
             output=output,
         )
 

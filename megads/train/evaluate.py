@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megads.config.schema import Config
@@ -41,7 +40,7 @@ class Validation:
             batches = build_loader(
                 samples,
                 micro_batch_size=training.micro_batch_size,
-                dp_rank=parallel_state.get_data_parallel_rank(),
+                dp_rank=self._step.data_parallel_rank,
                 dp_size=resolved.dp,
                 consumed_samples=0,
                 num_workers=0,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megads.checkpoint.store import CheckpointStore
@@ -170,7 +169,7 @@ class Run:
         return build_loader(
             self.datasets.train,
             micro_batch_size=self.config.training.micro_batch_size,
-            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_rank=self.step.data_parallel_rank,
             dp_size=self.resolved.dp,
             consumed_samples=self.state.samples,
             num_workers=data.num_workers,

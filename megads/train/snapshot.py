@@ -7,12 +7,8 @@ only where the layout is the same, which is what makes a resume bitwise exact wi
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
 from megads.config.resolve import Resolved
+from megads.mcore.generators import restore_generators, sharded_generators
 from megads.model.build import unwrap
 from megads.optim.build import allocate_optimizer_state, separate_step_counters
 from megads.train.step import TrainingStep
@@ -49,9 +45,7 @@ def sharded_state(
         allocate_optimizer_state(step.optimizer)
         state["optimizer"] = step.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     if generators:
-        state["generators"] = ShardedObject(
-            "generators", _generator_states(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0
-        )
+        state["generators"] = sharded_generators()
     return state
 
 
@@ -65,18 +59,4 @@ def restore_state(step: TrainingStep, state: dict[str, Any], *, optimizer: bool,
     else:
         step.optimizer.reload_model_params()
     if generators:
-        _restore_generators(state["generators"])
-
-
-def _generator_states() -> dict[str, Any]:
-    states = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_generators(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["cpu"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+        restore_generators(state["generators"])

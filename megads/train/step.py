@@ -100,6 +100,11 @@ class TrainingStep:
         ).unsqueeze(0)
 
     @property
+    def data_parallel_rank(self) -> int:
+        """Which replica of the model this process belongs to."""
+        return int(self.groups.dp.rank())
+
+    @property
     def needs_data(self) -> bool:
         """Whether this rank's stages read batches: ends of the pipeline, or everybody for masks."""
         data = self.config.data
