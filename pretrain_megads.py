@@ -4,6 +4,7 @@ Every setting has a flag (`--help`); `--dry-run` says what would run and touches
 torchrun it is a run of one process.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -29,7 +30,8 @@ def main(argv: list[str]) -> int:
         arguments = parse_flags(argv)
         config = load_config(arguments.config, arguments.overrides, arguments.origins)
         if arguments.dry_run:
-            print(show.dry_run(config, *planned_hardware(config, arguments.world_size)))
+            with contextlib.suppress(BrokenPipeError):  # of `--dry-run | head`
+                print(show.dry_run(config, *planned_hardware(config, arguments.world_size)), flush=True)
             return 0
         # Before torch is imported: a mistake in the configuration is told at once.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -76,7 +76,12 @@ def transformers_step(config: Config, experts: str) -> Step:
     """One optimizer step of transformers' model of the same shape."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    model_, mla, moe, shape = config.model, config.model.mla, config.model.moe, resolve(config, 1, False).shape
+    model_, mla, moe, shape = (
+        config.model,
+        config.model.mla,
+        config.model.moe,
+        resolve(config, 1, False).shape,
+    )
     model = DeepseekV3ForCausalLM(
         DeepseekV3Config(
             vocab_size=model_.vocab_size, hidden_size=mla.d_model, intermediate_size=shape.intermediate_size,
@@ -170,7 +175,9 @@ def show(shape: str, result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="steps per round")

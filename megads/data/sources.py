@@ -4,6 +4,7 @@ Everything that can be wrong with the data of a run is found here, before the fi
 """
 
 import glob
+import contextlib
 import hashlib
 import json
 import logging
@@ -69,11 +70,11 @@ def plan_corpus(config: Config, samples: dict[str, int], valid_samples_per_sourc
     eod_id, sha256 = _end_of_document(config, [info for part in infos.values() for info in part])
     layout = _SplitLayout(config, infos)
     blends = {split: _blend(layout, split, count, shares) for split, count in samples.items() if count > 0}
-    by_source = {
-        name: _blend(layout, "valid", valid_samples_per_source, {name: 1.0})
-        for name in shares
-        if valid_samples_per_source > 0
-    }
+    by_source = {}
+    for name in shares if valid_samples_per_source > 0 else ():
+        # A source that is too small for a validation set was named when the blend left it out.
+        with contextlib.suppress(DataError):
+            by_source[name] = _blend(layout, "valid", valid_samples_per_source, {name: 1.0})
     sources = tuple(
         _source_info(name, share, infos[name], layout, samples["train"] * config.training.seq_length)
         for name, share in shares.items()
@@ -225,12 +226,25 @@ class _SplitLayout:
 
 
 def _blend(layout: _SplitLayout, split: str, samples: int, shares: dict[str, float]) -> Blend:
-    prefixes: list[str] = []
-    weights: list[float] = []
-    for name, share in shares.items():
-        usable = layout.usable(name, split)
-        prefixes += usable
-        weights += [share * tokens / sum(usable.values()) for tokens in usable.values()]
+    """The sources by their shares. Held-out splits do without sources that are too small for them."""
+    usable: dict[str, dict[str, int]] = {}
+    too_small: list[DataError] = []
+    for name in shares:
+        try:
+            usable[name] = layout.usable(name, split)
+        except DataError as error:
+            too_small.append(error)
+    if too_small and (split == "train" or not usable):
+        raise too_small[0]
+    for error in too_small:
+        logger.warning("Left out of %s: %s", SPLIT_NAMES[split], error)
+    kept = sum(shares[name] for name in usable)
+    prefixes = [prefix for tokens in usable.values() for prefix in tokens]
+    weights = [
+        shares[name] / kept * count / sum(tokens.values())
+        for name, tokens in usable.items()
+        for count in tokens.values()
+    ]
     return Blend(split, samples, tuple(prefixes), tuple(weights))
 
 

@@ -6,6 +6,7 @@ NVIDIA's apex, then torch's.
 """
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -68,6 +69,9 @@ def build_optimizer(
             inner, "_set_main_param_and_optimizer_states"
         ):
             _expect_no_step_tensor(inner)
+        if inner.optimizer is not None and inner.init_state_fn is None:
+            # Megatron-Core has none for SGD, and calls it when loading.
+            inner.init_state_fn = _allocate_momentum
     return optimizer
 
 
@@ -106,6 +110,14 @@ def _expect_no_step_tensor(inner: MegatronOptimizer) -> None:
     inner._set_main_param_and_optimizer_states = set_states_without_step
 
 
+def _allocate_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Zero momentum for SGD: its first step comes out as from none."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["momentum"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:
     """Learning rate and weight decay of the next step, in every parameter group."""
     for group in optimizer.param_groups:
@@ -116,11 +128,13 @@ def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float, weight
 def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has not stepped yet its (zero) moments, so that a checkpoint has a place.
 
-    Megatron-Core describes the state of torch's Adam only once it exists.
+    Megatron-Core describes the state of torch's optimizers only once it exists.
     """
     for inner in _inner_optimizers(optimizer):
-        if isinstance(inner.optimizer, _TORCH_ADAM) and not inner.optimizer.state:
-            inner.init_state_fn(inner.optimizer, inner.config)
+        if not isinstance(inner.optimizer, (*_TORCH_ADAM, torch.optim.SGD)) or inner.optimizer.state:
+            continue
+        inner.init_state_fn(inner.optimizer, inner.config)
+        if isinstance(inner.optimizer, _TORCH_ADAM):
             for state in inner.optimizer.state.values():
                 state["step"] = torch.zeros((), dtype=torch.float32)
 

@@ -189,29 +189,28 @@ def cross_entropy(logits: list[float], label: int) -> float:
 
 
 def test_mtp_and_lm_losses_token_by_token() -> None:
-    """Depth k at position i is scored on the token at i + 1 + k; the mean is over what has a label."""
+    """Depth k at position i is scored on the token at i + 1 + k; every depth's sum is divided by T (eq. 24)."""
     depths = 2
     model = build_model(build_config(use_mtp=True, num_predict_tokens=depths + 1, mtp_loss_weight=0.7))
     tokens_BS, labels_BS, mask_BS = random_batch()
     losses = model.loss(tokens_BS, labels_BS, mask_BS)
     labels, mask = labels_BS.tolist(), mask_BS.tolist()
-    means = []
+    losses_by_depth = []
     all_logits = (losses.output.logits_BSW, *losses.output.mtp_logits_BSW)
     for k, (logits_BSW, loss_BS) in enumerate(zip(all_logits, (losses.lm_BS, *losses.mtp_BS), strict=True)):
-        total, count = 0.0, 0.0
+        total = 0.0
         for b in range(SEQUENCES):
             for i in range(POSITIONS):
                 expected = 0.0
                 if i + k < POSITIONS and mask[b][i + k]:
                     expected = cross_entropy(logits_BSW[b, i].tolist(), labels[b][i + k])
-                    count += 1
                 assert loss_BS[b, i].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
                 total += expected
-        means.append(total / count)
-    assert losses.lm.item() == pytest.approx(means[0])
-    assert [loss.item() for loss in losses.mtp] == pytest.approx(means[1:])
-    weighted = 0.7 / depths * sum(means[1:]) + 0.0001 * losses.balance.item()
-    assert losses.total.item() == pytest.approx(means[0] + weighted, rel=1e-12)
+        losses_by_depth.append(total / (SEQUENCES * POSITIONS - 2))
+    assert losses.lm.item() == pytest.approx(losses_by_depth[0])
+    assert [loss.item() for loss in losses.mtp] == pytest.approx(losses_by_depth[1:])
+    weighted = 0.7 / depths * sum(losses_by_depth[1:]) + 0.0001 * losses.balance.item()
+    assert losses.total.item() == pytest.approx(losses_by_depth[0] + weighted, rel=1e-12)
 
 
 def test_mtp_sees_exactly_the_tokens_up_to_its_own() -> None:

@@ -22,6 +22,7 @@ SHIPPED = [
     ("debug", 1, 5.7e6),
     ("train_config_tiny", 1, 100e6),
     ("train_config_small", 4, 1e9),
+    ("demo", 2, 5.7e6),
     ("train_config_small", 8, 1e9),
     ("train_config_large", 128, 15e9),
     ("deepseek_v3_671b", 2048, 671e9),
@@ -67,7 +68,8 @@ def test_debug_has_every_part_and_runs_in_parallel_layouts() -> None:
     assert config.model.moe.use_aux_loss_free
     assert resolved.shape.is_moe == (False, True, True, True)
     assert resolved.shape.mtp_depth == 1
-    assert resolved.precision == resolve(config, 1, cuda=True).precision == "fp32"
+    assert resolved.precision == "fp32"
+    assert resolve(config, 1, cuda=True).precision == "bf16"
     layouts = [
         {"tensor_parallel_size": 2},
         {"pipeline_parallel_size": 2},

@@ -205,6 +205,19 @@ def test_many_files_and_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         build(config, train=100)
 
 
+def test_validation_does_without_a_source_that_is_too_small_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_dataset(tmp_path / "large", [[*range(3, 12), EOD_ID]] * 200, vocab_size=VOCAB)
+    write_dataset(tmp_path / "small", [[*range(3, 12), EOD_ID]] * 20, vocab_size=VOCAB)
+    sources = [{"name": name, "subset": name, "weight": 0.5} for name in ("large", "small")]
+    datasets = build(config_of(tmp_path, sources, split="95,5,0"), train=8, valid=3, valid_per_source=2)
+    assert datasets.valid is not None
+    assert len(datasets.valid) == 3
+    assert list(datasets.valid_by_source) == ["large"]
+    assert "Left out of validation: Source 'small'" in caplog.text
+
+
 def test_a_split_too_small_for_a_sequence_says_so(tmp_path: Path) -> None:
     write_dataset(tmp_path / "a", [[*range(3, 12), EOD_ID]] * 20, vocab_size=VOCAB)
     config = config_of(tmp_path, [{"name": "web", "subset": "a"}], split="95,5,0")
@@ -213,8 +226,7 @@ def test_a_split_too_small_for_a_sequence_says_so(tmp_path: Path) -> None:
         match=r"'web': its validation split .* has 10 tokens in 1 documents, and one sequence takes 17",
     ):
         build(config, train=5, valid=1)
-    with pytest.raises(DataError, match=r"'web'.* validation"):
-        build(config, train=5, valid_per_source=1)
+    assert build(config, train=5, valid_per_source=1).valid_by_source == {}
     empty = config_of(tmp_path, [{"name": "web", "subset": "a"}], split="99,1,0")
     with pytest.raises(DataError, match="0 tokens in 0 documents"):
         build(empty, train=5, valid=1)

@@ -1,0 +1,95 @@
+"""Run a function on several gloo processes and collect what each returns.
+
+The processes are forked from a server that has already imported Megatron-Core, so that a test pays
+for its own work and not for imports. They never see a GPU.
+"""
+
+import multiprocessing
+import os
+import pickle
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.dist.preload"])
+# How long the others may take to fail too, once one process has failed.
+_GRACE_SECONDS = 3.0
+
+
+def _worker(rank: int, size: int, port: int, results: Any, job: bytes) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        function, kwargs = pickle.loads(job)
+        # Pickled here: a queue would hand over tensors as shared memory, which ends with this process.
+        results.put((rank, pickle.dumps(function(**kwargs)), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_distributed(
+    size: int, function: Callable[..., Any], timeout_seconds: float = 300.0, **kwargs: Any
+) -> list[Any]:
+    """`function(**kwargs)` on `size` processes with torchrun's environment: the results by rank.
+
+    The function, its arguments and results are pickled; it makes its own process group. Raises
+    AssertionError with every traceback if a process fails, dies or is not done in time.
+    """
+    results = _context.Queue()
+    port, job = free_port(), pickle.dumps((function, kwargs))
+    workers = [
+        _context.Process(target=_worker, args=(rank, size, port, results, job), daemon=True)
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        values, failures = _collect(results, workers, timeout_seconds)
+    finally:
+        for worker in workers:
+            worker.join(timeout=0.0 if len(values) < size else 10.0)
+            worker.kill()
+            worker.join()
+    assert not failures, "\n".join(f"rank {rank}:\n{failure}" for rank, failure in failures.items())
+    return [values[rank] for rank in range(size)]
+
+
+def _collect(
+    results: Any, workers: list[Any], timeout_seconds: float
+) -> tuple[dict[int, Any], dict[int, str]]:
+    """Results and failures by rank; after the first failure the rest get a short time only."""
+    values: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    deadline = time.monotonic() + timeout_seconds
+    while len(values) + len(failures) < len(workers) and time.monotonic() < deadline:
+        try:
+            rank, value, failure = results.get(timeout=0.5)
+        except queue.Empty:
+            open_ranks = set(range(len(workers))) - values.keys() - failures.keys()
+            dead = {rank: workers[rank].exitcode for rank in open_ranks if workers[rank].exitcode}
+            failures |= {rank: f"died with exit code {code}" for rank, code in dead.items()}
+        else:
+            if failure is None:
+                values[rank] = pickle.loads(value)
+            else:
+                failures[rank] = failure
+        if failures:
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+    reason = "stopped, as another process had failed" if failures else f"not done in {timeout_seconds} s"
+    failures |= {rank: reason for rank in set(range(len(workers))) - values.keys() - failures.keys()}
+    return values, failures

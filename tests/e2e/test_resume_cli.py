@@ -1,0 +1,94 @@
+"""Stop and resume by command line: the same run bit by bit, another layout, a signal."""
+
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.commands import (
+    ENVIRONMENT,
+    LONGEST_SECONDS,
+    ROOT,
+    pretrain_command,
+    pretrain_well,
+    records,
+    steps,
+)
+
+STEPS, STOP_STEP = 8, 4
+EP2 = ("--expert-model-parallel-size", 2)
+TP2 = ("--tensor-model-parallel-size", 2)
+# What may differ between two runs of the same steps.
+OF_THE_CLOCK = {
+    "step_seconds", "tokens_per_second", "model_flops_per_second", "mfu", "seconds_left", "wall_seconds",
+    "peak_memory_bytes",
+}  # fmt: skip
+
+
+def measured(output: Path, kind: str) -> list[dict[str, Any]]:
+    """All that a run measured but times, as it stands in the file: JSON numbers keep every bit."""
+    return [
+        {name: value for name, value in record.items() if name not in OF_THE_CLOCK}
+        for record in records(output, kind)
+    ]
+
+
+def test_stop_and_resume_is_the_same_run(config: Path, tmp_path: Path) -> None:
+    """In the same layout to the last bit; in another one step for step, and within rounding."""
+    # The sources are too small for a validation split each; together they are not.
+    validation = ("--eval-interval", 4, "--validation.eval_steps", 1, "--no-validation.per_source")
+    flags = ("--config", config, "--train-iters", STEPS, *validation)
+    whole, cut, other = (tmp_path / name for name in ("whole", "cut", "other"))
+    pretrain_well(*flags, *EP2, "--output_dir", whole, processes=2)
+    pretrain_well(*flags, *EP2, "--output_dir", cut, "--training.exit_step", STOP_STEP, processes=2)
+    assert steps(cut) == list(range(1, STOP_STEP + 1))
+    shutil.copytree(cut, other)
+
+    pretrain_well(*flags, *EP2, "--output_dir", cut, processes=2)
+    assert steps(cut) == list(range(1, STEPS + 1))
+    assert measured(cut, "train") == measured(whole, "train")
+    assert measured(cut, "validation") == measured(whole, "validation")
+    assert [record["step"] for record in records(cut, "run")] == [0, STOP_STEP]
+
+    resumed = pretrain_well(*flags, *TP2, "--output_dir", other, processes=2)
+    assert f"resumed after step {STOP_STEP}" in resumed.stdout
+    assert [record["layout"] for record in records(other, "run")] == ["EP2 DP2", "TP2"]
+    mine, expected = measured(other, "train"), measured(whole, "train")
+    assert [record["step"] for record in mine] == list(range(1, STEPS + 1))
+    for name in ("tokens", "samples", "learning_rate"):
+        assert [record[name] for record in mine] == [record[name] for record in expected], name
+    for name in ("lm_loss", "mtp_loss", "aux_loss", "grad_norm"):
+        found = [record[name] for record in mine]
+        assert found == pytest.approx([record[name] for record in expected], rel=1e-4), name
+
+
+def test_sigterm_saves_and_a_rerun_finishes(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = pretrain_command("--config", config, "--train-iters", 60)
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**ENVIRONMENT, "HOME": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_a_step(output, process)
+        process.send_signal(signal.SIGTERM)
+        text, _ = process.communicate(timeout=LONGEST_SECONDS)
+    assert process.returncode == 0, text
+    assert "SIGTERM received" in text
+    stopped_at = steps(output)[-1]
+    assert 0 < stopped_at < 60
+    assert (output / "checkpoints" / f"step_{stopped_at:08d}" / "COMMIT.json").is_file()
+
+    assert f"resumed after step {stopped_at}" in pretrain_well(*command[2:]).stdout
+    assert steps(output) == list(range(1, 61))
+
+
+def wait_for_a_step(output: Path, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if (output / "metrics.jsonl").is_file() and steps(output):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step was logged; exit code {process.poll()}")

@@ -1,0 +1,183 @@
+"""No dead settings: every leaf of the schema is read by code that acts on it.
+
+A leaf counts as read where its name is taken from its section: `config.training.learning_rate`, or
+`training.learning_rate` where `training` is that section by name, by assignment, by iteration or by
+annotation. Reading in `megads/config` counts only where something is derived from it (`resolve`,
+`shape`, `flops`, ...), not in the files that walk over all settings or only refuse values;
+the reference model is the tests' oracle and makes nothing act either.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from megads.config.schema import Config, Section
+from megads.config.tree import fields_of, leaves
+
+ROOT = Path(__file__).parents[2]
+# Files whose reading does not make a setting act: the declaration, and what only refuses or prints.
+PASSIVE = {
+    "schema.py",
+    "tree.py",
+    "validate.py",
+    "validate_model.py",
+    "validate_layout.py",
+    "not_yet.py",
+    "show.py",
+}
+
+REFUSED = "refused unless at its default (config/not_yet.py or config/validate*.py)"
+LAUNCHER = "for the launcher, which does not exist yet; inert where its block is not enabled"
+RECORD = "for the record: printed at start and saved with every checkpoint"
+ALLOWED = {
+    "model.mla.num_kv_heads": REFUSED,
+    "model.mla.use_rope": REFUSED,
+    "model.mla.use_flash_mla": REFUSED,
+    "model.mla.flash_mla_backend": REFUSED,
+    "model.mla.fallback_to_dense": "acts with use_flash_mla only, which is refused",
+    "model.mla.use_fp8_kv": REFUSED,
+    "model.moe.use_deep_ep": REFUSED,
+    "model.moe.deep_ep_fp8": REFUSED,
+    "model.moe.deep_ep_async": REFUSED,
+    "model.mla.rope_scaling.type": "has one value",
+    "training.use_fp8": REFUSED,
+    "data.dataset_name": RECORD,
+    "data.dataset_version": RECORD,
+    "data.sources[].description": RECORD,
+    "data.preprocessing.shuffle": REFUSED,
+    "data.preprocessing.num_workers": "default of tools/preprocess_dolma.py --workers, which takes a flag",
+    "distributed.backend": REFUSED + "; resolve derives it from the device",
+    "distributed.launcher": LAUNCHER,
+    **{
+        f"distributed.slurm.{name}": LAUNCHER
+        for name in (
+            "partition", "ntasks_per_node", "cpus_per_task", "time", "mem", "job_name", "output", "error",
+            "account", "qos", "extra_args",
+        )
+    },
+    **{
+        f"distributed.deepspeed.{name}": "compared with our own settings as a whole (config/deepspeed.py)"
+        for name in ("fp16", "bf16", "zero_optimization", "gradient_accumulation_steps", "gradient_clipping")
+    },
+}  # fmt: skip
+
+
+def every_leaf() -> Iterator[str]:
+    """All dotted paths, the entries of lists included as `data.sources[].name`."""
+    for leaf in leaves():
+        if leaf.section is None:
+            yield leaf.path
+        if leaf.item is not None:
+            yield from (f"{leaf.path}[].{field.name}" for field in fields_of(leaf.item))
+
+
+def class_names() -> dict[str, str]:
+    """Class of a section to the name that code knows the section by: MLA to mla, DataSource to sources."""
+    names = {Config.__name__: "config"}
+    stack: list[type[Section]] = [Config]
+    while stack:
+        for field in fields_of(stack.pop()):
+            inner = field.section or field.item
+            if inner is not None:
+                names[inner.__name__] = field.name
+                stack.append(inner)
+    return names
+
+
+def terminal(node: ast.AST | None) -> str:
+    """The last name of `a.b.c`, `c`, `c[0]` or `c()`."""
+    while isinstance(node, ast.Subscript | ast.Call):
+        node = node.value if isinstance(node, ast.Subscript) else node.func
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def aliases(tree: ast.AST, sections: dict[str, str]) -> dict[str, set[str]]:
+    """Variables of a file to the sections that they stand for."""
+    found: dict[str, set[str]] = {name: {name} for name in sections.values()}
+
+    def bind(target: ast.AST, value: ast.AST | None) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for one, other in zip(target.elts, value.elts, strict=False):
+                bind(one, other)
+        elif terminal(value) in sections.values():
+            found.setdefault(terminal(target), set()).add(terminal(value))
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                bind(target, node.value)
+        elif isinstance(node, ast.For | ast.comprehension):
+            bind(node.target, node.iter)
+        elif isinstance(node, ast.arg) and node.annotation is not None:
+            for part in ast.walk(node.annotation):
+                if terminal(part) in sections:
+                    found.setdefault(node.arg, set()).add(sections[terminal(part)])
+    return found
+
+
+def read_in(tree: ast.AST) -> set[tuple[str, str]]:
+    """(section, leaf) pairs that a file reads."""
+    sections = class_names()
+    known = aliases(tree, sections)
+    return {
+        (section, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        for section in known.get(terminal(node.value), ())
+    }
+
+
+def acting_files() -> list[Path]:
+    config = ROOT / "megads" / "config"
+    files = [*(ROOT / "megads").rglob("*.py"), *(ROOT / "tools").rglob("*.py"), ROOT / "pretrain_megads.py"]
+    passive = {config / name for name in PASSIVE} | {ROOT / "megads" / "model" / "reference.py"}
+    return [path for path in files if path.is_file() and path not in passive]
+
+
+def unread() -> list[str]:
+    read: set[tuple[str, str]] = set()
+    for path in acting_files():
+        read |= read_in(ast.parse(path.read_text(encoding="utf-8")))
+    dead = []
+    for path in every_leaf():
+        section, _, name = path.replace("[]", "").rpartition(".")
+        if (section.rpartition(".")[2] or "config", name) not in read:
+            dead.append(path)
+    return dead
+
+
+def test_every_setting_is_read_where_it_acts() -> None:
+    dead = sorted(set(unread()) - set(ALLOWED))
+    assert not dead, f"settings that nothing reads: {dead}; use them, or remove them from the schema"
+
+
+def test_the_exceptions_are_still_needed() -> None:
+    stale = sorted(set(ALLOWED) - set(unread()))
+    assert not stale, f"no settings, or read by now: {stale}; remove them from ALLOWED"
+
+
+def test_a_dead_setting_would_be_found() -> None:
+    source = """
+def build(options: MLA, config):
+    moe, training = config.model.moe, config.training
+    options.d_latent
+    moe.num_experts
+    for one in config.data.sources:
+        one.weight
+    config.seed
+    other.learning_rate
+    training.seq_length = 1
+"""
+    read = read_in(ast.parse(source))
+    expected = {("mla", "d_latent"), ("moe", "num_experts"), ("sources", "weight"), ("config", "seed")}
+    assert expected <= read
+    names = {name for _, name in read}
+    assert "learning_rate" not in names, "taken from something that is no section"
+    assert "seq_length" not in names, "written, not read"
+
+
+def test_the_walk_reaches_every_field_of_every_section() -> None:
+    fields = [
+        leaf for section in Section.__subclasses__() for leaf in fields_of(section) if leaf.section is None
+    ]
+    assert len(fields) == len(list(every_leaf()))
