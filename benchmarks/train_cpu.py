@@ -6,8 +6,8 @@ Both train the same shape on the same random tokens with AdamW and gradient clip
 cores: MegaDS through its own training step (Megatron-Core's schedule, data-parallel buffers, distributed
 optimizer; bias balancing and the sequence loss on, which transformers does not have), transformers with
 `loss.backward()`, and with the fastest of its expert implementations. MTP is off: transformers' model
-does not train it. Rounds alternate, so that noise of the machine hits both; medians are compared. The share of
-the matmul rate is model FLOPs per second over that of a large FP32 matmul measured in the same process.
+does not train it. Rounds alternate, so that noise of the machine hits both; medians are compared. The
+share of the matmul rate is model FLOPs per second over that of a large FP32 matmul in the same process.
 """
 
 import argparse
@@ -42,7 +42,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model.num_layers": 4, "model.vocab_size": 8192, "model.mla.d_model": 512, "model.mla.d_latent": 128,
         "model.mla.q_lora_rank": 192, "model.mla.num_heads": 8, "model.mla.qk_nope_head_dim": 64,
         "model.mla.qk_rope_head_dim": 32, "model.mla.v_head_dim": 64, "model.moe.num_experts": 16,
-        "model.moe.expert_intermediate_size": 512, "training.seq_length": 512, "training.micro_batch_size": 4,
+        "model.moe.expert_intermediate_size": 512, "training.seq_length": 1024,
+        "training.micro_batch_size": 2,
     },
 }  # fmt: skip
 COMMON = {

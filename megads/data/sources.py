@@ -3,8 +3,8 @@
 Everything that can be wrong with the data of a run is found here, before the first step.
 """
 
-import glob
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -236,8 +236,8 @@ def _blend(layout: _SplitLayout, split: str, samples: int, shares: dict[str, flo
             too_small.append(error)
     if too_small and (split == "train" or not usable):
         raise too_small[0]
-    for error in too_small:
-        logger.warning("Left out of %s: %s", SPLIT_NAMES[split], error)
+    for reason in too_small:
+        logger.warning("Left out of %s: %s", SPLIT_NAMES[split], reason)
     kept = sum(shares[name] for name in usable)
     prefixes = [prefix for tokens in usable.values() for prefix in tokens]
     weights = [

@@ -182,7 +182,7 @@ class MultiLatentAttention(MegatronModule):
         )
         kv_latent = self.kv_layernorm(kv_latent)
 
-        # None, not the default False: Megatron-Core takes any other value for FP8 and asks Transformer Engine.
+        # None, not the default False: Megatron-Core takes any other value for FP8 and asks for TE.
         recompute = self.recompute_up_projection and self.training
         checkpoint = CheckpointWithoutOutput(fp8=None) if recompute else None
         project_up = self._project_up

@@ -48,6 +48,7 @@ def save(step: Any, directory: Path, at: int) -> None:
     from megads.checkpoint.store import CheckpointStore
     from megads.train.snapshot import sharded_state
 
+    step.gather_parameters()
     with CheckpointStore(directory, async_save=False) as store:
         store.save(at, sharded_state(step, optimizer=True, generators=True), {})
         assert store.last_saved is not None
@@ -79,12 +80,13 @@ def train_and_save(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 
 def load_and_train(settings: dict[str, Any], directory: Path, generators: bool) -> dict[str, Any]:
-    """A run that starts from the newest checkpoint; its own weights and generators were others."""
+    """A run that starts from the newest checkpoint and saves at its end; its own weights were others."""
     step = tiny.start(settings | {"seed": 7})
     fresh = tiny.shards(step, optimizer=False)
     load(step, directory, generators)
     loaded = state_of(step)
     records = tiny.train(step, BEFORE, AFTER)
+    save(step, directory, BEFORE + AFTER)
     return {"fresh": fresh, "loaded": loaded, "records": records, "end": state_of(step)}
 
 
@@ -148,6 +150,16 @@ def test_resume_is_bitwise_the_same_run(layout: str, optimizer: str, tmp_path: P
     for when, expected in (("loaded", BEFORE), ("end", BEFORE + AFTER)):
         for rank in resumed:
             assert rank[when]["optimizer_steps"] == ({expected} if "adam" in optimizer else set())
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2-zero0"])
+def test_a_resumed_run_is_resumed_again(layout: str, tmp_path: Path) -> None:
+    """The optimizer's step counters, which Megatron-Core moves about when it loads, count on."""
+    job(layout, train_and_save, {}, directory=tmp_path)
+    first = job(layout, load_and_train, {}, directory=tmp_path, generators=True)
+    second = job(layout, load_and_train, {}, directory=tmp_path, generators=True)
+    assert_equal_tensors(whole(second, "loaded"), whole(first, "end"))
+    assert all(rank["loaded"]["optimizer_steps"] == {BEFORE + AFTER} for rank in second)
 
 
 def test_generators_are_what_makes_it_the_same_run(tmp_path: Path) -> None:

@@ -210,6 +210,7 @@ def shards(step: "TrainingStep", *, optimizer: bool = True) -> list[Shard]:
 
     from megads.train.snapshot import sharded_state
 
+    step.gather_parameters()
     state = sharded_state(step, optimizer=optimizer, generators=False)
     apply_factories(state)
     parts = []
@@ -223,14 +224,10 @@ def shards(step: "TrainingStep", *, optimizer: bool = True) -> list[Shard]:
 
 
 def optimizer_steps(step: "TrainingStep") -> set[float]:
-    """Every count of updates that the optimizer keeps, per parameter and per group."""
-    from megads.optim.build import _inner_optimizers
-
-    counts: set[float] = set()
-    for inner in _inner_optimizers(step.optimizer):
-        held = [*inner.optimizer.state.values(), *inner.optimizer.param_groups]
-        counts |= {float(one["step"]) for one in held if "step" in one}
-    return counts
+    """The numbers of updates that torch's optimizer has counted, over all parameters."""
+    inner = getattr(step.optimizer, "chained_optimizers", [step.optimizer])
+    states = [state for one in inner for state in one.optimizer.state.values()]
+    return {float(state["step"]) for state in states if "step" in state}
 
 
 # --- with the workers' results ----------------------------------------------------------------

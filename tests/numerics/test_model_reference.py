@@ -84,7 +84,7 @@ def build_config(case: str) -> Config:
 
 @dataclass(frozen=True)
 class Measured:
-    """One step of one case: losses [K, B, S], gradients and biases by published names, statistics [L, ...]."""
+    """One step of one case: losses [K, B, S], gradients, biases by published names, statistics [L, ...]."""
 
     token_losses: Tensor
     loss_sums: Tensor

@@ -189,7 +189,7 @@ def cross_entropy(logits: list[float], label: int) -> float:
 
 
 def test_mtp_and_lm_losses_token_by_token() -> None:
-    """Depth k at position i is scored on the token at i + 1 + k; every depth's sum is divided by T (eq. 24)."""
+    """Depth k at position i is scored on token i + 1 + k; every depth's sum is divided by T (eq. 24)."""
     depths = 2
     model = build_model(build_config(use_mtp=True, num_predict_tokens=depths + 1, mtp_loss_weight=0.7))
     tokens_BS, labels_BS, mask_BS = random_batch()

@@ -53,7 +53,7 @@ def test_it_is_sound_and_of_its_size(name: str, world_size: int, parameters: flo
         assert planned_hardware(config) == (world_size, True)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _, _ in SHIPPED} - {"debug"}))
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in SHIPPED} - {"debug", "demo"}))
 def test_it_blends_the_thirteen_sources(name: str) -> None:
     sources = load_config(CONFIGS / f"{name}.json").data.sources
     assert {source.subset for source in sources} == SUBSETS
