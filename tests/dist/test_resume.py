@@ -132,7 +132,6 @@ def hexadecimal(ranks: list[dict[str, Any]]) -> list[list[str]]:
         ("single", "sgd-no-momentum"),
         ("dp2", "adamw"),
         ("dp2-zero0", "adamw"),
-        ("dp2", "sgd"),
         ("tp2", "adamw"),
         ("pp2-vpp2", "adamw"),
         ("ep2", "adamw"),
@@ -152,9 +151,9 @@ def test_resume_is_bitwise_the_same_run(layout: str, optimizer: str, tmp_path: P
             assert rank[when]["optimizer_steps"] == ({expected} if "adam" in optimizer else set())
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp2-zero0"])
-def test_a_resumed_run_is_resumed_again(layout: str, tmp_path: Path) -> None:
+def test_a_resumed_run_is_resumed_again(tmp_path: Path) -> None:
     """The optimizer's step counters, which Megatron-Core moves about when it loads, count on."""
+    layout = "dp2"
     job(layout, train_and_save, {}, directory=tmp_path)
     first = job(layout, load_and_train, {}, directory=tmp_path, generators=True)
     second = job(layout, load_and_train, {}, directory=tmp_path, generators=True)
@@ -188,15 +187,13 @@ def test_another_layout_goes_on_from_the_same_tensors(source: str, target: str, 
     reshard(source, target, {}, tmp_path, MOMENTS["adamw"])
 
 
-@pytest.mark.parametrize(("source", "target"), [("dp2", "tp2"), ("tp2", "single")])
-def test_sgd_in_another_layout(source: str, target: str, tmp_path: Path) -> None:
-    reshard(source, target, OPTIMIZERS["sgd"], tmp_path, MOMENTS["sgd"])
+def test_sgd_in_another_layout(tmp_path: Path) -> None:
+    reshard("dp2", "tp2", OPTIMIZERS["sgd"], tmp_path, MOMENTS["sgd"])
 
 
-@pytest.mark.parametrize(("source", "target"), [("pp2", "single"), ("single", "pp2")])
-def test_tied_embeddings_in_another_layout(source: str, target: str, tmp_path: Path) -> None:
-    """A pipeline holds the table twice, a checkpoint once."""
-    reshard(source, target, {"model.tie_word_embeddings": True}, tmp_path, MOMENTS["adamw"])
+def test_tied_embeddings_in_another_layout(tmp_path: Path) -> None:
+    """A pipeline holds the table twice, a checkpoint once; which rank holds what changes here."""
+    reshard("pp2", "pp2-vpp2", {"model.tie_word_embeddings": True}, tmp_path, MOMENTS["adamw"])
 
 
 def reshard(

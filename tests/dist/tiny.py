@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megads.config.schema import Config
     from megads.train.step import Scalars, TrainingStep
 
-VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 96, 16, 8, 2
+VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 96, 16, 8, 4
 
 BASE: dict[str, Any] = {
     "model.num_layers": 4,
@@ -66,26 +66,30 @@ class Layout(NamedTuple):
     settings: dict[str, Any]
 
 
+# Micro-batches are no part of what a step computes (the sequence loss is per sequence), so each layout has
+# as many as make it accumulate gradients and fill its pipeline.
+_SMALL = {"training.micro_batch_size": MICRO_BATCH // 2}
+
 LAYOUTS = {
     "single": Layout(1, {}),
     "single-zero0": Layout(1, {_ZERO: 0}),
-    "dp2": Layout(2, {}),
-    "dp2-zero0": Layout(2, {_ZERO: 0}),
+    "dp2": Layout(2, _SMALL),
+    "dp2-zero0": Layout(2, _SMALL | {_ZERO: 0}),
     "dp2-no-overlap": Layout(
-        2, {"distributed.overlap_grad_reduce": False, "distributed.overlap_param_gather": False}
+        2, _SMALL | {"distributed.overlap_grad_reduce": False, "distributed.overlap_param_gather": False}
     ),
     "tp2": Layout(2, {_TP: 2}),
-    "pp2": Layout(2, {_PP: 2}),
-    "pp2-uneven": Layout(2, {_PP: 2, _LAYOUT: [3, 1]}),
+    "pp2": Layout(2, _SMALL | {_PP: 2}),
+    "pp2-uneven": Layout(2, _SMALL | {_PP: 2, _LAYOUT: [3, 1]}),
     "pp2-empty-last": Layout(2, {_PP: 2, _LAYOUT: [4, 0]}),
-    "pp2-vpp2": Layout(2, {_PP: 2, _VPP: 2}),
-    "ep2": Layout(2, {_EP: 2}),
+    "pp2-vpp2": Layout(2, _SMALL | {_PP: 2, _VPP: 2}),
+    "ep2": Layout(2, _SMALL | {_EP: 2}),
+    "etp2": Layout(2, _SMALL | {_ETP: 2}),
     "tp2-etp2": Layout(2, {_TP: 2, _ETP: 2}),
-    "etp2": Layout(2, {_ETP: 2}),
     "cp2": Layout(2, {_CP: 2}),
     "tp2-ep2": Layout(2, {_TP: 2, _EP: 2}),
     "tp2-pp2": Layout(4, {_TP: 2, _PP: 2}),
-    "pp2-ep2": Layout(4, {_PP: 2, _EP: 2}),
+    "pp2-ep2": Layout(4, _SMALL | {_PP: 2, _EP: 2}),
     "tp2-cp2": Layout(4, {_TP: 2, _CP: 2}),
 }
 
@@ -101,8 +105,9 @@ def configure(settings: dict[str, Any]) -> tuple["Config", "Resolved"]:
     from megads.mcore.groups import world_size_from_environment
 
     config, world_size = load_config(None, BASE | settings), world_size_from_environment()
-    validate.check(config, world_size, cuda=False)
-    return config, resolve(config, world_size, cuda=False)
+    cuda = config.distributed.device == "cuda"
+    validate.check(config, world_size, cuda)
+    return config, resolve(config, world_size, cuda)
 
 
 def start(settings: dict[str, Any]) -> "TrainingStep":
