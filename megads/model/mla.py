@@ -36,6 +36,11 @@ from megads.model.rope import rotate, softmax_scale
 LATENT_NORM_EPS = 1e-6
 
 
+def _heads_first(x_SBNX: Tensor) -> Tensor:
+    """[S, B, N, *] -> [B, N, S, *], as attention wants it."""
+    return x_SBNX.permute(1, 2, 0, 3)
+
+
 class ReplicatedLinear(torch.nn.Linear):
     """A linear layer that every tensor-parallel rank holds whole."""
 
@@ -140,9 +145,10 @@ class MultiLatentAttention(MegatronModule):
         k_nope, v_SBNV = kv_SBNX.split((config.qk_head_dim, config.v_head_dim), dim=-1)
         q_nope, q_rope = q_SBND.split((config.qk_head_dim, config.qk_pos_emb_head_dim), dim=-1)
         k_rope = rotate(rope_key_SBR.unsqueeze(2), table).expand(-1, -1, heads, -1)
-        q_SBND = torch.cat((q_nope, rotate(q_rope, q_table)), dim=-1)
-        k_SBND = torch.cat((k_nope, k_rope), dim=-1)
-        return q_SBND.permute(1, 2, 0, 3), k_SBND.permute(1, 2, 0, 3), v_SBNV.permute(1, 2, 0, 3)
+        # Permuted before they are joined: the join writes the heads' rows one after the other.
+        q_BNSD = torch.cat((_heads_first(q_nope), _heads_first(rotate(q_rope, q_table))), dim=-1)
+        k_BNSD = torch.cat((_heads_first(k_nope), _heads_first(k_rope)), dim=-1)
+        return q_BNSD, k_BNSD, _heads_first(v_SBNV)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None) -> Tensor:
         """Attention of each contiguous chunk of this rank's queries: [S, B, N * V]."""

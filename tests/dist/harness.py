@@ -20,7 +20,7 @@ _context.set_forkserver_preload(["tests.dist.preload"])
 _GRACE_SECONDS = 3.0
 
 
-def _worker(rank: int, size: int, port: int, results: Any, job: bytes) -> None:
+def _worker(rank: int, size: int, port: int, results: Any, released: Any, job: bytes) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="",
@@ -34,6 +34,8 @@ def _worker(rank: int, size: int, port: int, results: Any, job: bytes) -> None:
         results.put((rank, pickle.dumps(function(**kwargs)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
+    # The others may still be talking to this process: it serves the store, or is the peer of a connection.
+    released.wait(timeout=600)
 
 
 def free_port() -> int:
@@ -50,17 +52,19 @@ def run_distributed(
     The function, its arguments and results are pickled; it makes its own process group. Raises
     AssertionError with every traceback if a process fails, dies or is not done in time.
     """
-    results = _context.Queue()
+    results, released = _context.Queue(), _context.Event()
     port, job = free_port(), pickle.dumps((function, kwargs))
     workers = [
-        _context.Process(target=_worker, args=(rank, size, port, results, job), daemon=True)
+        _context.Process(target=_worker, args=(rank, size, port, results, released, job), daemon=True)
         for rank in range(size)
     ]
     for worker in workers:
         worker.start()
+    values: dict[int, Any] = {}
     try:
         values, failures = _collect(results, workers, timeout_seconds)
     finally:
+        released.set()
         for worker in workers:
             worker.join(timeout=0.0 if len(values) < size else 10.0)
             worker.kill()
@@ -91,5 +95,5 @@ def _collect(
         if failures:
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
     reason = "stopped, as another process had failed" if failures else f"not done in {timeout_seconds} s"
-    failures |= {rank: reason for rank in set(range(len(workers))) - values.keys() - failures.keys()}
+    failures |= dict.fromkeys(set(range(len(workers))) - values.keys() - failures.keys(), reason)
     return values, failures

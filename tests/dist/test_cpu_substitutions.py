@@ -1,9 +1,10 @@
-"""The CPU substitutions: nothing before they are asked for, refused where they do not belong, right where they act."""
+"""The CPU substitutions: nothing before they are asked for, refused where they do not belong."""
 
+import contextlib
 import importlib.metadata
 import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
@@ -55,17 +56,25 @@ def only_import() -> tuple[set[str], bool]:
     return changed(before), "megatron.core" in sys.modules
 
 
-def refuse(patch_name: str, value: Any) -> tuple[str, set[str]]:
+def refuse(patches: dict[str, Any]) -> tuple[str, set[str]]:
+    """The message of the refusal, and what has changed nevertheless."""
     from megads.mcore.cpu import install_cpu_substitutions
 
     before = substituted_names()
-    with mock.patch(patch_name, value), pytest.raises(EnvironmentSetupError) as refused:
+    with contextlib.ExitStack() as stack:
+        for name, value in ({"torch.cuda.is_available": no} | patches).items():
+            stack.enter_context(mock.patch(name, value))
+        refused = stack.enter_context(pytest.raises(EnvironmentSetupError))
         install_cpu_substitutions()
     return str(refused.value), changed(before)
 
 
 def yes() -> bool:
     return True
+
+
+def no() -> bool:
+    return False
 
 
 def another_version(name: str) -> str:
@@ -81,21 +90,24 @@ def install_twice() -> tuple[set[str], set[str]]:
     from megads.mcore.cpu import install_cpu_substitutions
 
     before = substituted_names()
-    with mock.patch("torch.cuda.is_available", return_value=False):
+    with mock.patch("torch.cuda.is_available", no):
         install_cpu_substitutions()
         first, after_first = changed(before), substituted_names()
         install_cpu_substitutions()
     return first, changed(after_first)
 
 
-@pytest.fixture(scope="module")
-def fresh() -> Any:
-    """Calls a function in an interpreter that has substituted nothing; the same one for the whole module."""
+@contextlib.contextmanager
+def new_interpreter() -> Iterator[Callable[..., Any]]:
+    """Calls functions in one interpreter that nothing else has used."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=60)
 
-        def call(function: Callable[..., Any], *args: Any) -> Any:
-            return pool.submit(function, *args).result(timeout=60)
 
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Callable[..., Any]]:
+    """For what must leave the interpreter as it was."""
+    with new_interpreter() as call:
         yield call
 
 
@@ -104,27 +116,26 @@ def test_importing_the_module_changes_nothing(fresh: Any) -> None:
 
 
 def test_a_machine_with_cuda_is_refused(fresh: Any) -> None:
-    message, touched = fresh(refuse, "torch.cuda.is_available", yes)
+    message, touched = fresh(refuse, {"torch.cuda.is_available": yes})
     assert "this machine has CUDA" in message
     assert "distributed.device=cuda" in message
     assert touched == set()
 
 
 @pytest.mark.parametrize(
-    ("version", "words"), [(another_version, "megatron-core 0.18.0 is installed"), (no_package, "not installed")]
+    ("version", "words"),
+    [(another_version, "megatron-core 0.18.0 is installed"), (no_package, "not installed")],
 )
 def test_another_megatron_core_is_refused(fresh: Any, version: Any, words: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        message, touched = fresh(refuse, "importlib.metadata.version", version)
+    message, touched = fresh(refuse, {"importlib.metadata.version": version})
     assert words in message
     assert "pip install megatron-core==0.19.2" in message
     assert touched == set()
 
 
-def test_a_second_installation_changes_nothing(fresh: Any) -> None:
-    """Last of those in the fresh interpreter: from here on it is no longer fresh."""
-    first, second = fresh(install_twice)
+def test_a_second_installation_changes_nothing() -> None:
+    with new_interpreter() as call:
+        first, second = call(install_twice)
     assert first == substituted_names().keys() - {"torch.compile"}
     assert second == set()
 
@@ -165,7 +176,13 @@ def test_other_devices_are_left_alone() -> None:
 def move_tensors() -> dict[str, Any]:
     x = torch.arange(3.0)
     x.record_stream(torch.cuda.current_stream())
-    moved = [x.to("cuda"), x.to(torch.device("cuda")), x.to(device="cuda"), x.cuda(), x.cuda(0, non_blocking=True)]
+    moved = [
+        x.to("cuda"),
+        x.to(torch.device("cuda")),
+        x.to(device="cuda"),
+        x.cuda(),
+        x.cuda(0, non_blocking=True),
+    ]
     both = x.to("cuda", torch.float64)
     return {
         "same": [y is x for y in moved],

@@ -119,7 +119,9 @@ def assert_has_state(tensors: dict[str, Tensor], moments: tuple[str, ...]) -> No
 
 
 def hexadecimal(ranks: list[dict[str, Any]]) -> list[list[str]]:
-    numbers = [[*record["losses"], record["grad_norm"]] for record in tiny.merge([r["records"] for r in ranks])]
+    numbers = [
+        [*record["losses"], record["grad_norm"]] for record in tiny.merge([r["records"] for r in ranks])
+    ]
     return [[float(number).hex() for number in of_step] for of_step in numbers]
 
 
