@@ -24,7 +24,7 @@ CONFIG = Path("configs/demo.json")
 DATA, OUTPUT = Path("data/sample"), Path("outputs/demo")
 CORPUS, TOKENIZER, MADE = DATA / "corpus", DATA / "tokenizer.model", DATA / "made_by_demo.json"
 CORPUS_MB, VOCAB_SIZE = 12, 4096
-STOP_STEP = 120
+STOP_STEP = 100
 BATCH_SEQUENCES = 8
 LEAST_FALL_NATS = 1.5
 """How much the training loss must fall; a run that learns falls by more than twice that."""

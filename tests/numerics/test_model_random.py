@@ -48,7 +48,8 @@ def run_all() -> dict[str, Any]:
 def run(settings: dict[str, Any], **schedule: float) -> dict[str, Any]:
     step = tiny.start(settings)
     records, gradients = [], []
-    evaluated, _ = step.evaluate(iter(tiny.micro_batches(step, tiny.global_batch(9))), 4)
+    held_out = tiny.micro_batches(step, tiny.global_batch(9))
+    evaluated, _ = step.evaluate(iter(held_out), len(held_out))
     for index in range(2):
         parts = tiny.micro_batches(step, tiny.global_batch(index))
         result = step.train(iter(parts), len(parts), tiny.scalars(step, **schedule))
