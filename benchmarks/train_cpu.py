@@ -1,4 +1,4 @@
-"""Training speed on the CPU: MegaDS against transformers' DeepseekV3, side by side in one process.
+"""Training speed on the CPU: MegaDS against transformers' DeepseekV3, side by side in one run.
 
     python benchmarks/train_cpu.py [--shape small] [--rounds 7] [--json FILE]
 
@@ -6,16 +6,24 @@ Both train the same shape on the same random tokens with AdamW and gradient clip
 cores: MegaDS through its own training step (Megatron-Core's schedule, data-parallel buffers, distributed
 optimizer; bias balancing and the sequence loss on, which transformers does not have), transformers with
 `loss.backward()`, and with the fastest of its expert implementations. MTP is off: transformers' model
-does not train it. Rounds alternate, so that noise of the machine hits both; medians are compared. The
-share of the matmul rate is model FLOPs per second over that of a large FP32 matmul in the same process.
+does not train it.
+
+Each contender has a process of its own, as its users run it: MegaDS keeps freed memory
+(`megads/mcore/allocator.py`), which would otherwise help both. "+ our allocator setting" is transformers
+with that setting, and shows how much of the difference is memory. Rounds alternate, so that noise of the
+machine hits all; medians are compared. The share of the matmul rate is model FLOPs per second over that
+of a large FP32 matmul in the same run.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -26,7 +34,8 @@ from megads.config.flops import count_parameters, training_flops_per_token
 from megads.config.loader import load_config
 from megads.config.resolve import resolve
 from megads.config.schema import Config
-from megads.mcore.groups import destroy_process_groups, initialize_device, initialize_process_groups
+from megads.mcore.allocator import keep_freed_memory
+from megads.mcore.groups import initialize_device, initialize_process_groups
 
 # Overrides of the defaults; the widths that are left out follow from these.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -37,8 +46,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "model.mla.qk_rope_head_dim": 16, "model.mla.v_head_dim": 32, "model.moe.num_experts": 8,
         "model.moe.expert_intermediate_size": 384, "training.seq_length": 256, "training.micro_batch_size": 4,
     },
+    # configs/train_config_tiny.json without MTP, with the dense layer first, a q_lora_rank and
+    # micro-batches of 2
+    "tiny": {
+        "model.num_layers": 4, "model.vocab_size": 32768, "model.mla.d_model": 512, "model.mla.d_latent": 128,
+        "model.mla.q_lora_rank": 192, "model.mla.num_heads": 8, "model.moe.num_experts": 4,
+        "model.moe.expert_intermediate_size": 3072, "training.seq_length": 512,
+        "training.micro_batch_size": 2,
+    },
     # wide enough that matrix products dominate
-    "small": {
+    "small-1024": {
         "model.num_layers": 4, "model.vocab_size": 8192, "model.mla.d_model": 512, "model.mla.d_latent": 128,
         "model.mla.q_lora_rank": 192, "model.mla.num_heads": 8, "model.mla.qk_nope_head_dim": 64,
         "model.mla.qk_rope_head_dim": 32, "model.mla.v_head_dim": 64, "model.moe.num_experts": 16,
@@ -46,6 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "training.micro_batch_size": 2,
     },
 }  # fmt: skip
+SHAPES["small-512"] = SHAPES["small-1024"] | {"training.seq_length": 512, "training.micro_batch_size": 4}
 COMMON = {
     "model.first_k_dense_replace": 1, "model.moe.num_experts_per_token": 2, "model.moe.num_shared_experts": 1,
     "model.moe.use_aux_loss_free": True, "model.init_method_std": 0.02, "distributed.device": "cpu",
@@ -60,6 +78,8 @@ Step = Callable[[torch.Tensor], None]
 
 def megads_step(config: Config) -> Step:
     """One optimizer step of MegaDS on a batch of tokens [B, S + 1]."""
+    initialize_device("cpu")
+    initialize_process_groups(resolve(config, 1, False), 10, config.seed)
     from megads.train.step import Scalars, TrainingStep
 
     training = TrainingStep(config, resolve(config, 1, False))
@@ -122,29 +142,69 @@ def seconds(step: Step, tokens: torch.Tensor, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
+def contend(config: Config, name: str, pipe: Connection) -> None:
+    """A contender's process: seconds per step for each number of steps asked for, until the pipe ends."""
+    torch.manual_seed(config.seed)
+    training = config.training
+    tokens = torch.randint(config.model.vocab_size, (training.micro_batch_size, training.seq_length + 1))
+    if name == "MegaDS":
+        step = megads_step(config)
+    else:
+        implementation, *tuned = name.split(" + ")
+        if tuned:
+            keep_freed_memory()
+        step = transformers_step(config, implementation.partition(" ")[2])
+    try:
+        while True:
+            pipe.send(seconds(step, tokens, pipe.recv()))
+    except EOFError:
+        pass
+
+
+@contextmanager
+def contender(config: Config, name: str) -> Iterator[Callable[[int], float]]:
+    """Seconds per step of a contender, which idles between the calls."""
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    process = context.Process(target=contend, args=(config, name, its), daemon=True)
+    process.start()
+    its.close()
+
+    def measure(steps: int) -> float:
+        ours.send(steps)
+        return float(ours.recv())
+
+    measure(3)  # warm
+    try:
+        yield measure
+    finally:
+        ours.close()
+        process.join()
+
+
 def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
-    """Median seconds per step of each contender, their ratio and shares of the matmul rate."""
+    """Median seconds per step of each contender, their ratios and shares of the matmul rate."""
     from megads.train.matmul_rate import measure_matmul_rate
 
     training = config.training
-    tokens = torch.randint(config.model.vocab_size, (training.micro_batch_size, training.seq_length + 1))
-    candidates = {name: transformers_step(config, name) for name in EXPERTS}
-    trials = {name: min(seconds(step, tokens, 1) for _ in range(3)) for name, step in candidates.items()}
-    fastest = min(trials, key=lambda name: trials[name])
-    contenders = {"MegaDS": megads_step(config), f"transformers ({fastest})": candidates[fastest]}
-    for step in contenders.values():
-        seconds(step, tokens, 3)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    trials = {}
+    for implementation in EXPERTS:
+        with contender(config, f"transformers {implementation}") as run:
+            trials[implementation] = statistics.median(run(1) for _ in range(3))
+    fastest = f"transformers {min(trials, key=lambda name: trials[name])}"
+    names = ("MegaDS", fastest, f"{fastest} + our allocator setting")
+    times: dict[str, list[float]] = {name: [] for name in names}
     rates = []
-    for _ in range(rounds):
-        for name, step in contenders.items():
-            times[name].append(seconds(step, tokens, steps))
-        rates.append(measure_matmul_rate("cpu", torch.float32))
+    with ExitStack() as stack:
+        contenders = {name: stack.enter_context(contender(config, name)) for name in names}
+        for _ in range(rounds):
+            for name, run in contenders.items():
+                times[name].append(run(steps))
+            rates.append(measure_matmul_rate("cpu", torch.float32))
     rate, per_step = statistics.median(rates), training.micro_batch_size * training.seq_length
     flops = training_flops_per_token(config) * per_step
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ours, theirs = medians.values()
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    ratios = {name: [b / a for a, b in zip(times["MegaDS"], times[name], strict=True)] for name in names[1:]}
     return {
         "parameters": count_parameters(config).total,
         "tokens_per_step": per_step,
@@ -153,26 +213,32 @@ def measure(config: Config, rounds: int, steps: int) -> dict[str, Any]:
         "seconds_per_step": medians,
         "tokens_per_second": {name: per_step / value for name, value in medians.items()},
         "share_of_matmul_rate": {name: flops / value / rate for name, value in medians.items()},
-        "speedup": theirs / ours,
-        "speedup_range": [min(ratios), max(ratios)],
+        "speedup": {name: medians[name] / medians["MegaDS"] for name in names[1:]},
+        "speedup_range": {name: [min(values), max(values)] for name, values in ratios.items()},
     }
 
 
 def show(shape: str, result: dict[str, Any]) -> None:
-    table = Table(title=f"{shape}: {result['parameters'] / 1e6:.1f}M parameters, {result['threads']} threads")
-    for heading in ("", "ms/step", "tokens/s", "share of matmul rate"):
+    title = (
+        f"{shape}: {result['parameters'] / 1e6:.1f}M parameters, {result['threads']} threads, "
+        f"matmul rate {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s"
+    )
+    table = Table(title=title)
+    for heading in ("", "ms/step", "tokens/s", "share of matmul rate", "MegaDS is faster by (rounds)"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, value in result["seconds_per_step"].items():
+        faster = ""
+        if name in result["speedup"]:
+            low, high = result["speedup_range"][name]
+            faster = f"{result['speedup'][name]:.2f}x ({low:.2f} to {high:.2f})"
         table.add_row(
             name,
             f"{1e3 * value:.1f}",
             f"{result['tokens_per_second'][name]:,.0f}",
             f"{result['share_of_matmul_rate'][name]:.1%}",
+            faster,
         )
-    low, high = result["speedup_range"]
     Console().print(table)
-    print(f"speedup {result['speedup']:.2f}x (rounds: {low:.2f} to {high:.2f}); "
-          f"matmul rate {result['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s")  # fmt: skip
 
 
 def main() -> int:
@@ -190,10 +256,7 @@ def main() -> int:
         overrides["training.global_batch_size"] = overrides["training.micro_batch_size"]
         overrides["model.mla.max_context_length"] = overrides["training.seq_length"]
         config = load_config(None, overrides)
-        initialize_device("cpu")
-        initialize_process_groups(resolve(config, 1, False), 10, config.seed)
         results[shape] = measure(config, arguments.rounds, arguments.steps)
-        destroy_process_groups()
         show(shape, results[shape])
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

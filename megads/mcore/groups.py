@@ -25,8 +25,10 @@ def initialize_device(device: str) -> None:
     quiet_megatron()
     check_megatron_version()
     if device == "cpu":
+        from megads.mcore.allocator import keep_freed_memory
         from megads.mcore.cpu import install_cpu_substitutions
 
+        keep_freed_memory()
         install_cpu_substitutions()
         return
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -4,6 +4,7 @@ Every function has the plain formula in its docstring and is tested against it. 
 fuses RMSNorm itself, that one is torch's.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,55 +101,65 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class _CausalAttention(torch.autograd.Function):
     """Causal attention in blocks of queries, each with the keys up to its end.
 
-    The probabilities are computed again in backward from the saved normalizers (FlashAttention,
-    arXiv:2205.14135); per block these are few, large matrix products.
+    Backward computes the probabilities again (FlashAttention, arXiv:2205.14135). Per block these are few,
+    large matrix products, with torch's fused softmax in place between them.
     """
 
     BLOCK = 128
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        length, block = q.shape[1], _CausalAttention.BLOCK
         out = q.new_empty(*q.shape[:2], v.shape[-1])
-        normalizers = q.new_empty(q.shape[:2])
-        for start in range(0, length, block):
-            end = min(start + block, length)
-            scores = _masked_scores(q, k, start, end, scale)
-            largest = scores.amax(dim=-1, keepdim=True)
-            exponentials = scores.sub_(largest).exp_()
-            total = exponentials.sum(dim=-1, keepdim=True)
-            normalizers[:, start:end] = (total.log() + largest).squeeze(-1)
+        mask = _later_keys(q)
+        for rows, end in _query_blocks(q):
             # Not out=, nor baddbmm_ below: on a slice they fall back to a product per head.
-            out[:, start:end] = torch.bmm(exponentials, v[:, :end]).div_(total)
-        ctx.save_for_backward(q, k, v, out, normalizers)
+            out[:, rows] = torch.bmm(_probabilities(q[:, rows], k[:, :end], scale, mask), v[:, :end])
+        ctx.save_for_backward(q, k, v)
         ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, normalizers = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        along = torch.linalg.vecdot(grad, out).unsqueeze(-1)
-        for start in range(0, q.shape[1], _CausalAttention.BLOCK):
-            end = min(start + _CausalAttention.BLOCK, q.shape[1])
-            rows = slice(start, end)
-            scores = _masked_scores(q, k, start, end, ctx.scale)
-            probabilities = scores.sub_(normalizers[:, rows, None]).exp_()
+        mask = _later_keys(q)
+        for rows, end in _query_blocks(q):
+            probabilities = _probabilities(q[:, rows], k[:, :end], ctx.scale, mask)
             grad_v[:, :end] += torch.bmm(probabilities.transpose(1, 2), grad[:, rows])
             grad_scores = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2))
-            grad_scores = grad_scores.sub_(along[:, rows]).mul_(probabilities).mul_(ctx.scale)
-            grad_q[:, rows] = torch.bmm(grad_scores, k[:, :end])
-            grad_k[:, :end] += torch.bmm(grad_scores.transpose(1, 2), q[:, rows])
+            torch.ops.aten._softmax_backward_data.out(
+                grad_scores, probabilities, -1, grad_scores.dtype, grad_input=grad_scores
+            )
+            grad_q[:, rows] = _scaled_bmm(grad_scores, k[:, :end], ctx.scale)
+            grad_k[:, :end] += _scaled_bmm(grad_scores.transpose(1, 2), q[:, rows], ctx.scale)
         return grad_q, grad_k, grad_v, None
 
 
-def _masked_scores(q: Tensor, k: Tensor, start: int, end: int, scale: float) -> Tensor:
-    """Scaled logits of the queries from `start` to `end` and the keys before `end`, later keys at -inf."""
-    scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2)).mul_(scale)
-    later = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu_(1)
-    scores[:, :, start:end].masked_fill_(later, -torch.inf)
-    return scores
+def _query_blocks(q: Tensor) -> Iterator[tuple[slice, int]]:
+    """The rows of each block of queries, and the end of the keys it sees."""
+    for start in range(0, q.shape[1], _CausalAttention.BLOCK):
+        end = min(start + _CausalAttention.BLOCK, q.shape[1])
+        yield slice(start, end), end
+
+
+def _later_keys(q: Tensor) -> Tensor:
+    """-inf where a key comes after its query, else 0, for the square on the diagonal of a block."""
+    block = _CausalAttention.BLOCK
+    return q.new_full((block, block), -torch.inf).triu_(1)
+
+
+def _scaled_bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b, the factor for free inside the product."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """softmax(scale q k^T) [heads, rows, keys] of a block of queries whose last keys are at its own rows."""
+    rows = q.shape[1]
+    scores = _scaled_bmm(q, k.transpose(1, 2), scale)
+    scores[:, :, -rows:].add_(mask[:rows, :rows])
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

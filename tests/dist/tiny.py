@@ -67,8 +67,9 @@ class Layout(NamedTuple):
 
 
 # Micro-batches are no part of what a step computes (the sequence loss is per sequence), so each layout has
-# as many as make it accumulate gradients and fill its pipeline.
+# as many as make it accumulate gradients and fill its pipeline. With many collectives fewer are faster.
 _SMALL = {"training.micro_batch_size": MICRO_BATCH // 2}
+_WHOLE = {"training.micro_batch_size": GLOBAL_BATCH}
 
 LAYOUTS = {
     "single": Layout(1, {}),
@@ -85,12 +86,12 @@ LAYOUTS = {
     "pp2-vpp2": Layout(2, _SMALL | {_PP: 2, _VPP: 2}),
     "ep2": Layout(2, _SMALL | {_EP: 2}),
     "etp2": Layout(2, _SMALL | {_ETP: 2}),
-    "tp2-etp2": Layout(2, {_TP: 2, _ETP: 2}),
+    "tp2-etp2": Layout(2, _WHOLE | {_TP: 2, _ETP: 2}),
     "cp2": Layout(2, {_CP: 2}),
-    "tp2-ep2": Layout(2, {_TP: 2, _EP: 2}),
+    "tp2-ep2": Layout(2, _WHOLE | {_TP: 2, _EP: 2}),
     "tp2-pp2": Layout(4, {_TP: 2, _PP: 2}),
     "pp2-ep2": Layout(4, _SMALL | {_PP: 2, _EP: 2}),
-    "tp2-cp2": Layout(4, {_TP: 2, _CP: 2}),
+    "tp2-cp2": Layout(4, _WHOLE | {_TP: 2, _CP: 2}),
 }
 
 
