@@ -13,8 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
+from megads.data.indexed import token_type
 from megads.errors import DataError
 
 # Names under which published tokenizers keep their end-of-document token, the likelier first.
@@ -49,6 +52,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without beginning- or end-of-document tokens."""
+
+    def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """As `encode_batch`, as all ids in one array, in the element type that a dataset of this
+        vocabulary has, and the number of ids of each text [len(texts)].
+        """
+        encoded = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
+        flat = (i for ids in encoded for i in ids)
+        return np.fromiter(flat, token_type(self.vocab_size), int(lengths.sum(dtype=np.int64))), lengths
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

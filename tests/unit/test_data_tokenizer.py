@@ -4,11 +4,13 @@ import random
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from megads.data.indexed import token_type
 from megads.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from megads.data.tokenizer_training import FIM_TOKENS, sample_texts, train_sentencepiece
 from megads.errors import DataError
@@ -83,6 +85,18 @@ def test_decode_gives_back_every_text(tokenizer: Tokenizer, texts: list[str]) ->
     samples = [*texts, *HARD_TEXTS, *CONTROL_LITERALS, *random_texts(500)]
     for text, ids in zip(samples, tokenizer.encode_batch(samples), strict=True):
         assert tokenizer.decode(ids) == text
+
+
+def test_arrays_hold_the_same_ids_as_lists(tokenizer: Tokenizer, texts: list[str]) -> None:
+    samples = [*texts, *HARD_TEXTS, *CONTROL_LITERALS, *random_texts(100)]
+    ids, lengths = tokenizer.encode_batch_arrays(samples)
+    assert ids.dtype == token_type(tokenizer.vocab_size)
+    assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == tokenizer.encode_batch(
+        samples
+    )
+    for nothing, count in (([], 0), ([""], 1)):
+        ids, lengths = tokenizer.encode_batch_arrays(nothing)
+        assert (ids.dtype, ids.size, lengths.tolist()) == (token_type(tokenizer.vocab_size), 0, [0] * count)
 
 
 def test_ids_are_within_the_vocabulary_and_never_the_end_of_document(
