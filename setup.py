@@ -24,6 +24,8 @@ setup(
         "tokenizers",
         "safetensors",
         "orjson",
+        "msgspec",
+        "isal",
         "zstandard",
         "fsspec",
         "rich",

@@ -7,15 +7,19 @@ than none. Compression is recognized by content; the ending of the name must not
 """
 
 import gzip
+import hashlib
+import json
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-import orjson
+import msgspec
 import zstandard
 
 from megads.errors import DataError
@@ -32,6 +36,24 @@ BATCH_BYTES = 1 << 20
 MAX_LINE_BYTES = 256 << 20
 # Four bytes of zstd can stand for a block of 128 KiB: this much can become 16 MiB at most.
 ZSTD_INPUT_BYTES = 512
+SURROGATE = re.compile("[\ud800-\udfff]")
+JSON_NAMES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+class Defect(NamedTuple):
+    """A line that holds no document. `reason` is a short stable name, `detail` is for people."""
+
+    line: int
+    reason: str
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +65,8 @@ class LineBatch:
     data: bytes
     input_bytes_read: int
     """How far the (compressed) file had been read, for progress; 0 for a pipe."""
+    defects: tuple[Defect, ...] = ()
+    """Lines that were passed over unread; they come before `data`."""
 
 
 def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -103,29 +127,64 @@ def read_line_batches(
         _fail(path, line, f"the file cannot be read any further: {error}. Fetch or make it again.")
 
 
-def parse_texts(batch: LineBatch, text_field: str = "text") -> list[str]:
-    """The text of each record of a batch; blank lines hold no record.
+class Record(NamedTuple):
+    """A document: its line (from 1), text, id where it has one, and the metadata asked for."""
 
-    Raises DataError, with file and line, for bad UTF-8, bad JSON, a line that is not an object, and a
-    text that is missing, null or not a string.
+    line: int
+    text: str
+    id: str | None
+    fields: dict[str, Any]
+
+    @property
+    def key(self) -> bytes:
+        """What random choices about this document depend on: its id, else the hash of its text."""
+        if self.id is not None:
+            return self.id.encode("utf-8", "surrogatepass")
+        return hashlib.sha256(self.text.encode()).digest()
+
+
+def parse_records(
+    batch: LineBatch, text_field: str = "text", fields: Sequence[str] = ()
+) -> Iterator[Record | Defect]:
+    """The records of a batch in order of their lines; blank lines hold none.
+
+    `fields` are names of metadata to give along, nested ones with dots ("metadata.language"); what a
+    record lacks is not in its `fields`. An `id` that is neither string nor integer counts as none.
+    A line is a Defect, with reason, when it is: `bad_utf8`; `bad_json`; `lone_surrogate` (an escape
+    that stands for no character, which no tokenizer can encode); `not_an_object`; without the field
+    (`no_text`); with `null_text` or `text_not_a_string`; or `line_too_long`, see `read_line_batches`.
     """
-    texts = []
+    yield from batch.defects
+    decode, id_attribute, places = _decoder(text_field, tuple(fields))
+    # The decoder passes over fields nobody asked for, and does not look at their encoding.
+    all_utf8 = _is_utf8(batch.data)
     for line, raw in enumerate(batch.data.split(b"\n"), batch.first_line):
-        if not raw.strip():
+        if not raw or raw.isspace():
             continue
         try:
-            record = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            _fail(batch.path, line, _explain_bad_json(raw, error))
-        if not isinstance(record, dict):
-            _fail(batch.path, line, f"expected a JSON object, found a {type(record).__name__}.")
-        if text_field not in record:
-            _fail(batch.path, line, f"no field {text_field!r}; the record has {sorted(record)}.")
-        text = record[text_field]
-        if not isinstance(text, str):
-            found = "null" if text is None else f"a {type(text).__name__}"
-            _fail(batch.path, line, f"field {text_field!r} must be a string, found {found}.")
-        texts.append(text)
+            found = decode(raw)
+            text = found.a0
+            if type(text) is not str or not (all_utf8 or _is_utf8(raw)):
+                raise ValueError
+        except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeDecodeError among them
+            yield _defect(line, raw, text_field, error)
+            continue
+        record_id = getattr(found, id_attribute)
+        if type(record_id) is not str:
+            record_id = str(record_id) if type(record_id) is int else None
+        yield Record(line, text, record_id, _pick(found, places) if places else {})
+
+
+def parse_texts(batch: LineBatch, text_field: str = "text") -> list[str]:
+    """The text of each record of a batch.
+
+    Raises DataError, with file and line, for the first line that `parse_records` calls a defect.
+    """
+    texts = []
+    for record in parse_records(batch, text_field):
+        if isinstance(record, Defect):
+            _fail(batch.path, record.line, record.detail)
+        texts.append(record.text)
     return texts
 
 
@@ -188,12 +247,72 @@ def _merged(pieces: Iterator[bytes], at_least_bytes: int) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _explain_bad_json(raw: bytes, error: orjson.JSONDecodeError) -> str:
+@cache
+def _decoder(
+    text_field: str, fields: tuple[str, ...]
+) -> tuple[Callable[[bytes], Any], str, tuple[tuple[str, str, tuple[str, ...]], ...]]:
+    """Decodes the top-level fields that are wanted and nothing else.
+
+    Returns the decoder, whose results have attributes `a0` (the text), `a1`, ...; the attribute of the
+    id; and for each of `fields` its name, its attribute, and the names below it.
+    """
+    top_level = list(dict.fromkeys([text_field, "id", *(field.split(".")[0] for field in fields)]))
+    attributes = {name: f"a{i}" for i, name in enumerate(top_level)}
+    line = msgspec.defstruct(
+        "Line",
+        [(attribute, Any, msgspec.UNSET) for attribute in attributes.values()],
+        rename={attribute: name for name, attribute in attributes.items()},
+    )
+    places = tuple(
+        (field, attributes[first], tuple(below)) for field in fields for first, *below in [field.split(".")]
+    )
+    return msgspec.json.Decoder(line).decode, attributes["id"], places
+
+
+def _pick(found: Any, places: tuple[tuple[str, str, tuple[str, ...]], ...]) -> dict[str, Any]:
+    fields = {}
+    for field, attribute, below in places:
+        value = getattr(found, attribute)
+        for name in below:
+            value = value.get(name, msgspec.UNSET) if isinstance(value, dict) else msgspec.UNSET
+        if value is not msgspec.UNSET:
+            fields[field] = value
+    return fields
+
+
+def _is_utf8(data: bytes) -> bool:
     try:
-        raw.decode("utf-8")
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _defect(line: int, raw: bytes, text_field: str, error: Exception) -> Defect:
+    """What is wrong with a line that the fast decoder did not give a text of."""
+    try:
+        decoded = raw.decode()
     except UnicodeDecodeError as bad:
-        return f"not UTF-8 (byte {bad.start + 1} of the line is 0x{raw[bad.start]:02x})."
-    return f"not a JSON object on one line: {error}."
+        detail = f"not UTF-8 (byte {bad.start + 1} of the line is 0x{raw[bad.start]:02x})."
+        return Defect(line, "bad_utf8", detail)
+    try:
+        record = json.loads(decoded)
+    except (ValueError, RecursionError) as bad:
+        return Defect(line, "bad_json", f"not a JSON object on one line: {bad}.")
+    if not isinstance(record, dict):
+        return Defect(line, "not_an_object", f"expected a JSON object, found {JSON_NAMES[type(record)]}.")
+    if text_field not in record:
+        return Defect(line, "no_text", f"no field {text_field!r}; the record has {sorted(record)[:20]}.")
+    text = record[text_field]
+    if text is None:
+        return Defect(line, "null_text", f"field {text_field!r} is null; it must be a string.")
+    if not isinstance(text, str):
+        detail = f"field {text_field!r} must be a string, found {JSON_NAMES[type(text)]}."
+        return Defect(line, "text_not_a_string", detail)
+    if surrogate := SURROGATE.search(json.dumps(record, ensure_ascii=False)):
+        detail = f"an escape stands for half a character: \\u{ord(surrogate[0]):04x}. No text holds that."
+        return Defect(line, "lone_surrogate", detail)
+    return Defect(line, "bad_json", f"not JSON as RFC 8259 has it: {error}.")
 
 
 def _fail(path: str, line: int, what: str) -> NoReturn:

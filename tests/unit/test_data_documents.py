@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megads.data.documents import find_inputs, parse_texts, read_line_batches, read_texts
+from megads.data.documents import (
+    Defect,
+    LineBatch,
+    Record,
+    find_inputs,
+    parse_records,
+    parse_texts,
+    read_line_batches,
+    read_texts,
+)
 from megads.errors import DataError
 
 TEXTS = ["first", "second\nwith a line break", "drei: äöü ▁ 🎉", ""]
@@ -54,14 +63,14 @@ def test_every_format_gives_the_texts(tmp_path: Path, name: str, content: bytes,
     ("bad_line", "said"),
     [
         (b'{"id": "2"}', "no field 'text'"),
-        (b'{"text": null}', "found null"),
-        (b'{"text": 17}', "found a int"),
-        (b'{"text": ["a"]}', "found a list"),
-        (b'["text"]', "expected a JSON object, found a list"),
+        (b'{"text": null}', "is null"),
+        (b'{"text": 17}', "found a number"),
+        (b'{"text": ["a"]}', "found an array"),
+        (b'["text"]', "expected a JSON object, found an array"),
         (b'{"text": "unfinished', "not a JSON object on one line"),
         (b"not json", "not a JSON object on one line"),
         (b'{"text": "\xff\xfe"}', "not UTF-8"),
-        (b'{"text": "\\ud800"}', "not a JSON object on one line"),
+        (b'{"text": "\\ud800"}', "half a character"),
     ],
 )
 @pytest.mark.parametrize("batch_bytes", [11, 1 << 20])
@@ -75,6 +84,58 @@ def test_a_bad_record_names_file_and_line(
         [parse_texts(batch) for batch in batches]
     assert f"{path}, line 4: " in str(caught.value)
     assert said in str(caught.value)
+
+
+DEFECTS = {
+    "no_text": [b'{"id": "2"}', b"{}"],
+    "null_text": [b'{"text": null}'],
+    "text_not_a_string": [b'{"text": 17}', b'{"text": 1e999}', b'{"text": {}}', b'{"text": true}'],
+    "not_an_object": [b'["text"]', b'"text"', b"null", b"1"],
+    "bad_json": [
+        b'{"text": "unfinished',
+        b"not json",
+        b'{"text": "a"} {"text": "b"}',
+        b'{"text": "a\tb"}',
+        b'{"text": "a", "other": NaN}',
+        b'{"text": "a", "other": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'{"text": ' + b"9" * 5000 + b"} x",
+    ],
+    "bad_utf8": [b'{"text": "\xff"}', b'{"text": "a", "other": "\xff"}', b'{"text": "\xed\xa0\x80"}'],
+    "lone_surrogate": [b'{"text": "\\ud800"}', b'{"text": "\\udc00\\ud800"}'],
+}
+
+
+@pytest.mark.parametrize("reason", DEFECTS)
+def test_every_defect_has_its_reason_and_harms_no_other_record(reason: str) -> None:
+    good = '{"text": "ä", "id": 7}\n'.encode()
+    for bad in DEFECTS[reason]:
+        first, defect, last = parse_records(LineBatch("x", 5, good + bad + b"\n\n" + good, 0))
+        assert isinstance(defect, Defect)
+        assert (defect.line, defect.reason) == (6, reason), bad
+        assert first == Record(5, "ä", "7", {})
+        assert last == Record(8, "ä", "7", {})
+
+
+def test_metadata_ids_and_keys() -> None:
+    data = (
+        b'{"text": "a", "id": "i", "lang": "en", "metadata": {"license": {"name": "mit"}, "stars": 3}}\n'
+        b'{"text": "b", "metadata": {"license": "none"}, "id": null}\n'
+        b'{"text": "c", "metadata": 5, "lang": null, "id": 1.5}\n'
+    )
+    batch = LineBatch("x", 1, data, 0)
+    wanted = ("lang", "metadata.license.name", "metadata.stars")
+    records = [record for record in parse_records(batch, "text", wanted) if isinstance(record, Record)]
+    assert [record.fields for record in records] == [
+        {"lang": "en", "metadata.license.name": "mit", "metadata.stars": 3},
+        {},
+        {"lang": None},
+    ]
+    assert [record.id for record in records] == ["i", None, None]
+    assert records[0].key == b"i"
+    assert len({record.key for record in records}) == 3
+    # The text may be the id, and metadata may be asked for that is the text.
+    texts = [record for record in parse_records(batch, "id", ("id", "text")) if isinstance(record, Record)]
+    assert texts == [Record(1, "i", "i", {"id": "i", "text": "a"})]
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
