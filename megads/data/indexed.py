@@ -6,12 +6,14 @@ of sequences n, uint64 n + 1; then n int32 lengths in tokens, n int64 byte offse
 n + 1 int64 document boundaries. A document is one sequence here.
 
 Megatron-Core's reader asserts a few header fields and notices a truncated `.bin` only when training
-reaches it, so a third file, `.json`, records what the pair must be (see `manifest`). All three appear
-at once or not at all.
+reaches it, so a third file, `.json`, records what the pair must be (see `manifest`). All appear at once
+or not at all, together with what may accompany them: `.scores.npy` (a float32 per document) and
+`.quarantine.jsonl` (which lines of the input hold no document, and why).
 """
 
 import fcntl
 import hashlib
+import io
 import os
 import struct
 import tempfile
@@ -39,6 +41,9 @@ TOKEN_TYPES: dict[int, np.dtype[Any]] = {
 UINT16_VOCABULARY = 65_500  # Megatron-Core stores vocabularies below this as uint16, others as int32
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 COPY_ITEMS = 1 << 20
+SCORES, QUARANTINE = ".scores.npy", ".quarantine.jsonl"
+SIDECARS = (SCORES, QUARANTINE)
+SCORE_TYPE = np.dtype("<f4")
 
 
 def token_type(vocab_size: int) -> np.dtype[Any]:
@@ -50,6 +55,18 @@ def data_files(prefix: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
     """The `.bin`, `.idx` and `.json` of a dataset."""
     name = os.fspath(prefix)
     return Path(name + ".bin"), Path(name + ".idx"), Path(name + ".json")
+
+
+def sidecar_file(prefix: str | os.PathLike[str], ending: str) -> Path:
+    """The file of one of `SIDECARS` of a dataset, whether it is there or not."""
+    assert ending in SIDECARS
+    return Path(os.fspath(prefix) + ending)
+
+
+def unfinished_files(prefix: str | os.PathLike[str]) -> list[Path]:
+    """What a writer that was killed has left of a dataset; a writer that lives has them locked."""
+    files = (*data_files(prefix), *(sidecar_file(prefix, ending) for ending in SIDECARS))
+    return [partial for file in files if (partial := _partial_path(file)).exists()]
 
 
 def refuse_existing(prefix: str | os.PathLike[str]) -> None:
@@ -65,7 +82,8 @@ def refuse_existing(prefix: str | os.PathLike[str]) -> None:
 class IndexedWriter:
     """Streams documents into a `.bin`/`.idx` pair; memory does not grow with the dataset.
 
-    Use as a context manager and call `finish` inside it; leaving without removes what was written.
+    Use as a context manager and call `finish` (or `finish_empty`) inside it; leaving without removes
+    what was written.
     Only one process can write a prefix at a time: a second one gets a DataError, while what a killed
     one left behind is reused.
     """
@@ -83,48 +101,109 @@ class IndexedWriter:
             self._partial = tuple(_partial_path(file) for file in data_files(prefix))
             self._bin = _open_exclusively(self._partial[0])
             self._lengths = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
+            self._scores = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
         except OSError as error:
             raise DataError(f"{self.prefix}: cannot be written: {error}.") from error
         self._hash = hashlib.sha256()
+        self._scored_documents = 0
+        self._sidecars: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
         return self
 
-    def add(self, tokens: NDArray[Any], lengths: NDArray[np.int32]) -> None:
-        """Append documents: their tokens [sum of lengths] in one array, and each one's length [n]."""
+    def add(
+        self, tokens: NDArray[Any], lengths: NDArray[np.int32], scores: NDArray[np.float32] | None = None
+    ) -> None:
+        """Append documents: their tokens [sum of lengths] in one array, each one's length [n] and, for
+        all documents or none, each one's score [n].
+        """
         assert tokens.dtype == self.dtype, f"tokens are {tokens.dtype}, the file holds {self.dtype}"
         assert int(lengths.sum(dtype=np.int64)) == tokens.size, "lengths do not add up to the tokens"
-        data = tokens.tobytes()
+        data = np.ascontiguousarray(tokens).data
         self._bin.write(data)
         self._hash.update(data)
         self._lengths.write(lengths.astype(np.int32, copy=False).tobytes())
+        if scores is not None:
+            assert scores.size == lengths.size, "a score for each document"
+            self._scores.write(scores.astype(SCORE_TYPE).tobytes())
+            self._scored_documents += scores.size
         self.documents += lengths.size
         self.tokens += tokens.size
+
+    def attach(self, ending: str, content: bytes) -> None:
+        """Add a file, one of `SIDECARS`, that appears together with the dataset."""
+        partial = _partial_path(sidecar_file(self.prefix, ending))
+        with open(partial, "wb") as file:
+            self._sidecars[ending] = partial
+            file.write(content)
+            _to_disk(file)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write index and record, bring all to the disk, then give them their names.
 
-        `record` gets the sizes and hashes of both files added. Readers need the `.idx`, so an old one
-        goes first and the new one comes last but for the record: no moment shows a mixed pair.
+        `record` gets the sizes and hashes of the other files added.
         """
-        import orjson
-
-        bin_partial, idx_partial, record_partial = self._partial
+        _, idx_partial, _ = self._partial
         idx_hash = self._write_index(idx_partial)
         record["bin"] = {"bytes": self.tokens * self.dtype.itemsize, "sha256": self._hash.hexdigest()}
         record["idx"] = {"bytes": idx_partial.stat().st_size, "sha256": idx_hash}
-        with open(record_partial, "wb") as file:
+        if self._scored_documents:
+            record["scores"] = self._write_scores()
+        _to_disk(self._bin)
+        self._publish(record, data_files(self.prefix)[:2])
+
+    def finish_empty(self, record: dict[str, Any]) -> None:
+        """Publish the record and the attached files alone, for an input that holds no document.
+
+        A `.bin` without tokens would stop whoever trains on the other shards.
+        """
+        assert self.documents == 0, "documents were added"
+        self._publish(record, ())
+
+    def _publish(self, record: dict[str, Any], files: tuple[Path, ...]) -> None:
+        """Give the files their names. Readers need the `.idx`, so an old one goes first and the new one
+        comes last but for the record: no moment shows a mixed pair.
+        """
+        import orjson
+
+        bin_path, idx_path, record_path = data_files(self.prefix)
+        with open(self._partial[2], "wb") as file:
             file.write(orjson.dumps(record, option=orjson.OPT_INDENT_2) + b"\n")
             _to_disk(file)
-        _to_disk(self._bin)
-        bin_path, idx_path, record_path = data_files(self.prefix)
         for old in (idx_path, record_path):
             old.unlink(missing_ok=True)
-        os.replace(bin_partial, bin_path)
-        os.replace(idx_partial, idx_path)
-        os.replace(record_partial, record_path)
+        sidecars = [sidecar_file(self.prefix, ending) for ending in SIDECARS]
+        for stale in (*sidecars, *(() if files else (bin_path,))):
+            if stale.exists():
+                stale.unlink()
+        for ending, partial in self._sidecars.items():
+            os.replace(partial, sidecar_file(self.prefix, ending))
+        for partial, path in zip(self._partial, files, strict=False):
+            os.replace(partial, path)
+        if not files:
+            self._partial[0].unlink()
+        os.replace(self._partial[2], record_path)
         _directory_to_disk(self.prefix.parent)
         self._published = True
+
+    def _write_scores(self) -> dict[str, Any]:
+        """Write the `.scores.npy`; returns its size and hash."""
+        assert self._scored_documents == self.documents, "some documents have a score and some have none"
+        header = io.BytesIO()
+        shape = {"descr": SCORE_TYPE.str, "fortran_order": False, "shape": (self.documents,)}
+        np.lib.format.write_array_header_1_0(header, shape)
+        partial = _partial_path(sidecar_file(self.prefix, SCORES))
+        digest = hashlib.sha256()
+        with open(partial, "wb") as file:
+            self._sidecars[SCORES] = partial
+            self._scores.seek(0)
+            data = header.getvalue()
+            while data:
+                file.write(data)
+                digest.update(data)
+                data = self._scores.read(COPY_ITEMS * SCORE_TYPE.itemsize)
+            _to_disk(file)
+            return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
     def _write_index(self, path: Path) -> str:
         """Write the `.idx` in pieces from the spooled lengths; returns its sha256."""
@@ -158,8 +237,9 @@ class IndexedWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lengths.close()
+        self._scores.close()
         if not self._published:
-            for partial in self._partial:
+            for partial in (*self._partial, *self._sidecars.values()):
                 partial.unlink(missing_ok=True)
         self._bin.close()
         if isinstance(error, OSError):  # the disk is full, say; errors of reading come as DataError

@@ -52,6 +52,9 @@ def check_dataset(
     hash of the `.idx` (of the `.bin` too if `full`), tokenizer, vocabulary within the model's.
     """
     bin_path, idx_path, record_path = data_files(prefix)
+    record = read_record(prefix)
+    if record is not None and is_empty(record):
+        raise DataError(f"{prefix}: its input holds no document ({record_path.name}); leave it out.")
     for path in (bin_path, idx_path):
         if not path.is_file():
             raise DataError(f"{path}: no such file. Make the dataset with tools/preprocess_dolma.py.")
@@ -59,7 +62,6 @@ def check_dataset(
     if tokens == 0:
         raise DataError(f"{prefix}: the dataset is empty ({documents:,} documents, no tokens).")
     idx_sha256 = _sha256(idx_path)
-    record = _read_record(record_path)
     if record is None:
         return DatasetInfo(os.fspath(prefix), documents, tokens, idx_sha256, None, None, None)
     recorded = {idx_path: (record["idx"]["sha256"], idx_sha256)}
@@ -170,22 +172,33 @@ def _pieces(path: Path, dtype: type[np.generic], offset_bytes: int, count: int) 
             yield np.fromfile(file, dtype=dtype, count=min(COPY_ITEMS, count - start))
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The `.json` of a dataset, which `shards.convert_shard` describes; None where there is none.
+
+    Raises DataError when the file is damaged or of another format.
+    """
+    path = data_files(prefix)[2]
     if not path.is_file():
         return None
     try:
         record = orjson.loads(path.read_bytes())
+        hashed = ("tokenizer",) if is_empty(record) else ("tokenizer", "bin", "idx")
         complete = (
             record["format"] == RECORD_FORMAT
             and isinstance(record["vocab_size"], int)
             and isinstance(record["eod_id"], int)
-            and all(isinstance(record[part]["sha256"], str) for part in ("tokenizer", "bin", "idx"))
+            and all(isinstance(record[part]["sha256"], str) for part in hashed)
         )
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
         complete = False
     if not complete:
         raise DataError(f"{path}: not a record of format {RECORD_FORMAT}. {MAKE_AGAIN}")
     return dict(record)
+
+
+def is_empty(record: dict[str, Any]) -> bool:
+    """Whether a record stands for an input without documents, which has no `.bin` and no `.idx`."""
+    return record.get("documents") == 0 and "bin" not in record and "idx" not in record
 
 
 def _sha256(path: Path) -> str:
