@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megads.data.documents import find_inputs
+from megads.data.inputs import find_inputs
 from megads.data.indexed import refuse_existing
 from megads.data.preprocess import Encoder, Summary, preprocess
 from megads.errors import DataError, MegadsError

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from megads.data.documents import find_inputs
+from megads.data.inputs import find_inputs
 from megads.data.tokenizer import load_tokenizer
 from megads.data.tokenizer_training import sample_texts, train_sentencepiece
 from megads.errors import DataError, MegadsError

@@ -1,41 +1,26 @@
 """Reading Dolma-format corpora: JSON lines, plain or compressed with gzip or zstd.
 
 Dolma (arXiv:2402.00159) stores a document a line, `{"id", "text", "source", ...}`. Files are read as
-a stream, so memory is bounded by the longest line. Whatever is wrong with the input stops the read
-with a `DataError` that names file and line: a corpus that lost documents without a word is worse
-than none. Compression is recognized by content; the ending of the name must not contradict it.
+a stream, so memory is bounded by the longest line. Whatever is wrong with a line is told, with its
+number and a reason: a corpus that lost documents without a word is worse than none.
 """
 
-import gzip
 import hashlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from io import BufferedReader
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
-import zstandard
 
+from megads.data.input_file import READ_ERRORS, InputFile, decompressed
 from megads.errors import DataError
 
-GZIP_ENDINGS = (".gz",)
-ZSTD_ENDINGS = (".zst", ".zstd")
-PLAIN_ENDINGS = (".json", ".jsonl", ".ndjson")
-ENDINGS = GZIP_ENDINGS + ZSTD_ENDINGS + PLAIN_ENDINGS
-
-GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-
 BATCH_BYTES = 1 << 20
-MAX_LINE_BYTES = 256 << 20
-# Four bytes of zstd can stand for a block of 128 KiB: this much can become 16 MiB at most.
-ZSTD_INPUT_BYTES = 512
+MAX_LINE_BYTES = 32 << 20
 SURROGATE = re.compile("[\ud800-\udfff]")
 JSON_NAMES = {
     dict: "an object",
@@ -69,62 +54,96 @@ class LineBatch:
     """Lines that were passed over unread; they come before `data`."""
 
 
-def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files to read, in order: a file stands for itself, a directory for its data files, sorted.
-
-    Raises DataError for a missing path and for a directory without data files.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if p.name.endswith(ENDINGS) and not p.name.startswith(".") and p.is_file()
-            )
-            if not inside:
-                raise DataError(f"{path}: no data files in this directory (looked for {', '.join(ENDINGS)}).")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"{path}: no such file or directory.")
-    if not found:
-        raise DataError("No input files were given.")
-    return found
+class DamagedInputError(DataError):
+    """An input file cannot be read to its end: cut short, changed on the way, or out of reach."""
 
 
 def read_line_batches(
-    path: str | os.PathLike[str], *, batch_bytes: int = BATCH_BYTES, max_line_bytes: int = MAX_LINE_BYTES
+    source: str | os.PathLike[str] | InputFile,
+    *,
+    batch_bytes: int = BATCH_BYTES,
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[LineBatch]:
     """Stream a file as batches of whole lines of about `batch_bytes` (a longer line comes whole).
 
-    Raises DataError, with file and line, when the file cannot be opened, is truncated or damaged, or
-    holds a line of more than `max_line_bytes`.
+    A line of more than `max_line_bytes` is passed over without being held; a batch without data tells
+    of it in its `defects`, as soon as the line is known to be too long. Memory is bounded by the two
+    sizes. Raises DamagedInputError, with file and line, when the file cannot be opened, is truncated
+    or damaged.
     """
-    path = os.fspath(path)
+    path = source.path if isinstance(source, InputFile) else os.fspath(source)
     line = 1
-    unfinished = bytearray()
     try:
-        with open(path, "rb") as file:
-            position = file.tell if file.seekable() else int
-            for chunk in _decompressed(path, file, batch_bytes):
-                end = chunk.rfind(b"\n") + 1
-                if len(unfinished) + (chunk.find(b"\n") if end else len(chunk)) > max_line_bytes:
-                    _fail(
-                        path, line, f"the line is longer than {max_line_bytes:,} bytes; is this JSON lines?"
-                    )
-                if not end:
-                    unfinished += chunk
-                    continue
-                data = bytes(unfinished) + chunk[:end]
-                unfinished = bytearray(chunk[end:])
-                yield LineBatch(path, line, data, position())
-                line += data.count(b"\n")
-            if unfinished:
-                yield LineBatch(path, line, bytes(unfinished), position())
-    except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
-        _fail(path, line, f"the file cannot be read any further: {error}. Fetch or make it again.")
+        with source if isinstance(source, InputFile) else InputFile(source) as file:
+            for first_line, data, defects in _whole_lines(decompressed(file, batch_bytes), max_line_bytes):
+                yield LineBatch(path, first_line, data, file.bytes_read, defects)
+                line = first_line + data.count(b"\n")
+    except READ_ERRORS as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DamagedInputError(
+            f"{path}, line {line}: the file cannot be read any further: {what}. Fetch or make it again."
+        ) from error
+
+
+Lines = tuple[int, bytes, tuple[Defect, ...]]
+
+
+def _whole_lines(chunks: Iterator[bytes], max_line_bytes: int) -> Iterator[Lines]:
+    """Whole lines, with the number of the first; a too long line is a defect without data.
+
+    What is passed over comes as empty pieces, so that the reader of a bomb notices that time passes.
+    """
+    line, skipping = 1, False
+    unfinished = bytearray()
+    for piece in chunks:
+        chunk = piece
+        if skipping:
+            if (end := chunk.find(b"\n")) < 0:
+                yield line, b"", ()
+                continue
+            chunk, line, skipping = chunk[end + 1 :], line + 1, False
+        end = chunk.find(b"\n")
+        if len(unfinished) + (len(chunk) if end < 0 else end) > max_line_bytes:
+            yield line, b"", (_too_long(line, max_line_bytes),)
+            unfinished.clear()
+            if skipping := end < 0:
+                continue
+            chunk, line = chunk[end + 1 :], line + 1
+        if end := chunk.rfind(b"\n") + 1:
+            data = bytes(unfinished) + chunk[:end]
+            unfinished = bytearray(chunk[end:])
+            yield from _without_too_long(line, data, max_line_bytes)
+            line += data.count(b"\n")
+        else:
+            unfinished += chunk
+    yield from _without_too_long(line, bytes(unfinished), max_line_bytes)
+
+
+def _without_too_long(first_line: int, data: bytes, max_line_bytes: int) -> Iterator[Lines]:
+    """`data` as it is or, if it holds too long lines, in parts between them."""
+    if len(data) <= max_line_bytes:
+        if data:
+            yield first_line, data, ()
+        return
+    part: list[bytes] = []
+    for line, raw in enumerate(data.removesuffix(b"\n").split(b"\n"), first_line):
+        if len(raw) <= max_line_bytes:
+            part.append(raw)
+            continue
+        if part:
+            yield line - len(part), b"\n".join(part) + b"\n", ()
+        yield line, b"", (_too_long(line, max_line_bytes),)
+        part = []
+    if part:
+        yield first_line + data.removesuffix(b"\n").count(b"\n") + 1 - len(part), b"\n".join(part) + b"\n", ()
+
+
+def _too_long(line: int, max_line_bytes: int) -> Defect:
+    return Defect(
+        line,
+        "line_too_long",
+        f"the line is longer than {max_line_bytes:,} bytes; is this JSON lines? (--max-line-mb)",
+    )
 
 
 class Record(NamedTuple):
@@ -193,58 +212,6 @@ def read_texts(paths: Iterable[str | os.PathLike[str]], text_field: str = "text"
     for path in paths:
         for batch in read_line_batches(path):
             yield from parse_texts(batch, text_field)
-
-
-def _decompressed(path: str, file: BufferedReader, chunk_bytes: int) -> Iterator[bytes]:
-    """The content of `file` in non-empty chunks, by the compression its first bytes show."""
-    magic = file.peek(4)[:4]  # a pipe cannot be wound back
-    is_gzip, is_zstd = magic.startswith(GZIP_MAGIC), magic == ZSTD_MAGIC
-    if path.endswith(GZIP_ENDINGS) and not is_gzip:
-        raise EOFError("the name ends as gzip's do, but the content is not gzip" if magic else "it is empty")
-    if path.endswith(ZSTD_ENDINGS) and not is_zstd:
-        raise EOFError("the name ends as zstd's do, but the content is not zstd" if magic else "it is empty")
-    read: Callable[[int], bytes]
-    if is_zstd:
-        yield from _merged(_zstd_frames(file), chunk_bytes)
-        return
-    # gzip raises EOFError at a truncated member and BadGzipFile, an OSError, at a wrong checksum.
-    # read1 takes what a pipe has, where read would loop, deaf to signals, until it had all.
-    read = gzip.GzipFile(fileobj=file).read if is_gzip else file.read1
-    while chunk := read(chunk_bytes):
-        yield chunk
-
-
-def _zstd_frames(file: BufferedReader) -> Iterator[bytes]:
-    """Decompress one zstd frame after the other.
-
-    `stream_reader` would end quietly in the middle of a truncated frame; an object per frame knows
-    whether its frame was complete.
-    """
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    begun = False
-    while data := file.read(ZSTD_INPUT_BYTES):
-        while data:
-            begun = True
-            if text := frame.decompress(data):
-                yield text
-            data = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame, begun = zstandard.ZstdDecompressor().decompressobj(), False
-    if begun:
-        raise EOFError("the zstd frame is truncated")
-
-
-def _merged(pieces: Iterator[bytes], at_least_bytes: int) -> Iterator[bytes]:
-    parts: list[bytes] = []
-    size = 0
-    for piece in pieces:
-        parts.append(piece)
-        size += len(piece)
-        if size >= at_least_bytes:
-            yield b"".join(parts)
-            parts, size = [], 0
-    if size:
-        yield b"".join(parts)
 
 
 @cache

@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megads import __version__
-from megads.data.documents import LineBatch, find_inputs, parse_texts, read_line_batches
+from megads.data.documents import LineBatch, parse_texts, read_line_batches
 from megads.data.indexed import MAX_DOCUMENT_TOKENS, IndexedWriter, token_type
+from megads.data.inputs import find_inputs
 from megads.data.manifest import RECORD_FORMAT
 from megads.data.tokenizer import Tokenizer, load_tokenizer
 from megads.data.workers import start_helper_process

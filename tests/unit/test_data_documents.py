@@ -12,7 +12,6 @@ from megads.data.documents import (
     Defect,
     LineBatch,
     Record,
-    find_inputs,
     parse_records,
     parse_texts,
     read_line_batches,
@@ -171,7 +170,7 @@ def test_a_giant_line_is_refused_and_memory_is_bounded(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"text": "' + bytes(64 << 20)))
     tracemalloc.start()
     with pytest.raises(DataError, match="line 1: the line is longer than 2,097,152 bytes"):
-        list(read_line_batches(path, max_line_bytes=2 << 20))
+        [parse_texts(batch) for batch in read_line_batches(path, max_line_bytes=2 << 20)]
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 16 << 20
@@ -189,18 +188,40 @@ def test_reading_is_a_stream(tmp_path: Path) -> None:
     assert peak_bytes < 30 << 20, "the file holds 40 MB in 4 KB"
 
 
-def test_find_inputs(tmp_path: Path) -> None:
-    for name in ("b/2.json.gz", "b/1.zst", "a.jsonl", "notes.md", ".hidden.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = find_inputs([tmp_path, tmp_path / "notes.md"])
-    assert [str(p.relative_to(tmp_path)) for p in found] == ["a.jsonl", "b/1.zst", "b/2.json.gz", "notes.md"]
-    (tmp_path / "none").mkdir()
-    for wrong in (tmp_path / "none", tmp_path / "missing"):
-        with pytest.raises(DataError, match=wrong.name):
-            find_inputs([wrong])
-
-
 def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="gone"):
         list(read_texts([tmp_path / "gone.jsonl"]))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 5, 64, 1 << 20])
+@pytest.mark.parametrize("final_newline", [True, False])
+def test_too_long_lines_are_told_and_cost_no_other_line(
+    tmp_path: Path, chunk_bytes: int, final_newline: bool
+) -> None:
+    """The same records and defects however the file is cut into pieces."""
+    lines = [b'{"text": "%d"}' % i for i in range(9)]
+    for i in (0, 3, 4, 8):
+        lines[i] = b'{"text": "' + b"x" * 40 + b'"}'
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n" * final_newline)
+    batches = read_line_batches(path, batch_bytes=chunk_bytes, max_line_bytes=30)
+    found = [found for batch in batches for found in parse_records(batch)]
+    assert [record.line for record in found] == list(range(1, 10))
+    assert [d.line for d in found if isinstance(d, Defect)] == [1, 4, 5, 9]
+    assert {d.reason for d in found if isinstance(d, Defect)} == {"line_too_long"}
+    assert [(r.line, r.text) for r in found if isinstance(r, Record)] == [
+        (i + 1, str(i)) for i in (1, 2, 5, 6, 7)
+    ]
+
+
+def test_an_endless_line_is_passed_over_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.jsonl.gz"
+    good = b'{"text": "good"}\n'
+    path.write_bytes(gzip.compress(good + b'{"text": "' + bytes(64 << 20) + b'"}\n' + good))
+    tracemalloc.start()
+    batches = read_line_batches(path, max_line_bytes=2 << 20)
+    found = [found for batch in batches for found in parse_records(batch)]
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(type(f), f.line) for f in found] == [(Record, 1), (Defect, 2), (Record, 3)]
+    assert peak_bytes < 16 << 20

@@ -1,0 +1,261 @@
+"""Which files are the input: paths, directories, globs, lists of them in a file, and fsspec URLs.
+
+A corpus lies as Dolma's does: a directory per source, in it shards of JSON lines. What a shard is
+called in the output, and where cleaning keeps its removals, follows from source and name alone.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import orjson
+
+from megads.data.input_file import ENDINGS, is_url
+from megads.errors import ConfigError, DataError
+
+STAT_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class InputShard:
+    """One input file. `bytes` as stored, compressed; 0 for a pipe.
+
+    `name` is relative to the directory called `directory`; `source` is that directory too, or what a
+    table of sources or a manifest makes of it. `version` changes when the file is written again; it is
+    empty where nobody knows.
+    """
+
+    path: str
+    source: str
+    directory: str
+    name: str
+    bytes: int
+    version: str
+
+    @property
+    def stem(self) -> str:
+        """What its output is called within the source: "a/0001.json.gz" gives "a__0001".
+
+        Directories that become one source may use the same names, so theirs comes first then.
+        """
+        renamed = self.directory != self.source
+        return shard_stem(f"{self.directory}/{self.name}" if renamed else self.name)
+
+
+def shard_stem(name: str) -> str:
+    """The name of an output shard: that of the input without the endings of format and compression."""
+    directories, _, file = name.rpartition("/")
+    while file.endswith(ENDINGS) and file.rpartition(".")[0]:
+        file = file.rpartition(".")[0]
+    return "__".join([*filter(None, directories.split("/")), file])
+
+
+def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Local files to read, in order: a file stands for itself, a directory for its data files, sorted.
+
+    Raises DataError for a missing path and for a directory without data files.
+    """
+    return [Path(shard.path) for path in paths for shard in find_shards([os.fspath(path)])]
+
+
+def find_shards(paths: Sequence[str]) -> list[InputShard]:
+    """The input files that paths, directories, globs and URLs of any of these stand for, in order.
+
+    The source of a file is the name of the directory that was given, else of the one it lies in. A
+    directory stands for its data files at any depth, sorted. Raises DataError for what is not there,
+    for a directory or glob without data files, and for a file given twice.
+    """
+    if not paths:
+        raise DataError("No input files were given.")
+    return _each_once([shard for path in paths for shard in _expand(path)])
+
+
+def find_sources(root: str) -> list[InputShard]:
+    """The input files of a corpus: each subdirectory of `root` is a source.
+
+    Raises DataError when `root` is no directory, has no subdirectories, or one is without data files.
+    """
+    if is_url(root):
+        directories = _list_directories(root)
+    elif not Path(root).is_dir():
+        raise DataError(f"{root}: no such directory.")
+    else:
+        inside = sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith("."))
+        directories = [str(path) for path in inside]
+    if not directories:
+        raise DataError(f"{root}: no subdirectories; one per source is expected.")
+    return find_shards(directories)
+
+
+def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
+    """The input files that a text file lists: `PATH`, or `SOURCE<tab>PATH`, a line.
+
+    Paths may be URLs; relative ones start at the manifest's directory. Without SOURCE it is the name
+    of the directory that the file lies in. Lines that are blank or begin with # say nothing. Raises
+    DataError with the line for a file that is not there, and for one that is listed twice.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from error
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#"):
+            source, _, location = line.strip().rpartition("\t")
+            entries.append((number, source, location))
+    if not entries:
+        raise DataError(f"{path}: lists no files.")
+
+    def find(entry: tuple[int, str, str]) -> InputShard:
+        number, source, location = entry
+        try:
+            shard = _file(location if is_url(location) else str(path.parent / location))
+        except DataError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+        return replace(shard, source=source) if source else shard
+
+    with ThreadPoolExecutor(STAT_THREADS) as threads:  # a store answers each question in its own time
+        return _each_once(list(threads.map(find, entries)))
+
+
+def load_source_table(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Directory, name or subset to subset, of a table as configs/data/dolma_sources.json."""
+    try:
+        table = orjson.loads(Path(path).read_bytes())
+        return {
+            alias: entry["subset"]
+            for entry in table["sources"]
+            for alias in (entry["subset"], entry["name"], *entry.get("directories", ()))
+        }
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}.") from error
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f'{path}: not a table of sources ({error!r}); expected {{"sources": [{{"name", "subset", '
+            '"directories"}]}.'
+        ) from error
+
+
+def rename_sources(shards: Iterable[InputShard], table: Mapping[str, str]) -> list[InputShard]:
+    """Sources by the names of a table; those it does not have keep theirs."""
+    return [replace(shard, source=table.get(shard.source, shard.source)) for shard in shards]
+
+
+def _each_once(shards: list[InputShard]) -> list[InputShard]:
+    seen: set[str] = set()
+    for shard in shards:
+        place = shard.path if is_url(shard.path) else os.path.abspath(shard.path)
+        if place in seen:
+            raise DataError(f"{shard.path}: given twice; its documents would be in the dataset twice.")
+        seen.add(place)
+    return shards
+
+
+def _expand(path: str) -> list[InputShard]:
+    if is_url(path):
+        return _expand_url(path)
+    if Path(path).is_dir():
+        inside = sorted(
+            p for p in Path(path).rglob("*") if _is_data(p.name) and (p.is_file() or not p.exists())
+        )
+        if not inside:
+            raise DataError(f"{path}: no data files in this directory (looked for {', '.join(ENDINGS)}).")
+        source = Path(path).resolve().name
+        return [
+            replace(_file(str(p)), source=source, directory=source, name=p.relative_to(path).as_posix())
+            for p in inside
+        ]
+    if not Path(path).exists() and glob.has_magic(path):
+        matches = sorted(glob.glob(path, recursive=True))
+        if not matches:
+            raise DataError(f"{path}: no file matches.")
+        return [shard for match in matches for shard in _expand(match)]
+    return [_file(path)]
+
+
+def _is_data(name: str) -> bool:
+    return name.endswith(ENDINGS) and not name.startswith(".")
+
+
+def _file(path: str) -> InputShard:
+    if is_url(path):
+        filesystem, inside = _filesystem(path)
+        return _remote(path, _ask(path, lambda: filesystem.info(inside)))
+    try:
+        status = Path(path).stat()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file or directory.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from error
+    directory, name = Path(path).absolute().parts[-2:]
+    return InputShard(path, directory, directory, name, status.st_size, f"mtime {status.st_mtime_ns}")
+
+
+def _expand_url(url: str) -> list[InputShard]:
+    filesystem, inside = _filesystem(url)
+
+    def files(listed: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        return sorted((name, info) for name, info in listed.items() if info["type"] == "file")
+
+    if glob.has_magic(inside):
+        matches = files(_ask(url, lambda: filesystem.glob(inside, detail=True)))
+        if not matches:
+            raise DataError(f"{url}: no file matches.")
+        return [_remote(filesystem.unstrip_protocol(name), info) for name, info in matches]
+    if not _ask(url, lambda: filesystem.isdir(inside)):
+        return [_file(url)]
+    below = files(_ask(url, lambda: filesystem.find(inside, detail=True)))
+    below = [(name, info) for name, info in below if _is_data(PurePosixPath(name).name)]
+    if not below:
+        raise DataError(f"{url}: no data files in this directory (looked for {', '.join(ENDINGS)}).")
+    top = inside.rstrip("/")
+    source = PurePosixPath(top).name
+    return [
+        replace(
+            _remote(filesystem.unstrip_protocol(name), info),
+            source=source,
+            directory=source,
+            name=name[len(top) :].lstrip("/"),
+        )
+        for name, info in below
+    ]
+
+
+def _list_directories(url: str) -> list[str]:
+    filesystem, inside = _filesystem(url)
+    listed = _ask(url, lambda: filesystem.ls(inside, detail=True))
+    names = sorted(info["name"] for info in listed if info["type"] == "directory")
+    return [
+        filesystem.unstrip_protocol(name) for name in names if not PurePosixPath(name).name.startswith(".")
+    ]
+
+
+def _remote(url: str, info: Mapping[str, Any]) -> InputShard:
+    """`info` is fsspec's; stores name the version of an object differently, if they do."""
+    versions = (info.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified"))
+    version = next((str(value) for value in versions if value), "")
+    path = PurePosixPath(url.partition("://")[2])
+    directory = path.parent.name
+    return InputShard(url, directory, directory, path.name, int(info.get("size") or 0), version)
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    import fsspec
+
+    filesystem, inside = _ask(url, lambda: fsspec.core.url_to_fs(url))
+    return filesystem, str(inside)
+
+
+def _ask(url: str, question: Any) -> Any:
+    """The answer of a store; whatever it raises becomes a DataError with the URL."""
+    try:
+        return question()
+    except FileNotFoundError as error:
+        raise DataError(f"{url}: no such file or directory.") from error
+    except Exception as error:  # each store has errors of its own
+        raise DataError(f"{url}: cannot be read: {error}.") from error

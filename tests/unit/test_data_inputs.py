@@ -1,0 +1,161 @@
+"""Which files are the input: paths, directories, globs, manifests and URLs, and what is refused."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from megads.data.documents import read_texts
+from megads.data.input_file import InputFile
+from megads.data.inputs import (
+    find_inputs,
+    find_shards,
+    find_sources,
+    load_source_table,
+    rename_sources,
+    shard_stem,
+    shards_of_manifest,
+)
+from megads.errors import ConfigError, DataError
+
+from data_files import write_json_lines  # isort: skip
+
+TABLE = Path(__file__).parents[2] / "configs" / "data" / "dolma_sources.json"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    root = tmp_path / "corpus"
+    for name in ("web/b/2.json.gz", "web/1.jsonl", "web/.hidden.json", "books/a.json", ".git/x.json"):
+        write_json_lines(root / name, [name])
+    (root / "web" / "notes.md").touch()
+    return root
+
+
+def test_find_inputs(corpus: Path) -> None:
+    found = find_inputs([corpus / "web", corpus / "web" / "notes.md"])
+    assert [str(p.relative_to(corpus)) for p in found] == ["web/1.jsonl", "web/b/2.json.gz", "web/notes.md"]
+    (corpus / "none").mkdir()
+    for wrong in (corpus / "none", corpus / "missing"):
+        with pytest.raises(DataError, match=wrong.name):
+            find_inputs([wrong])
+
+
+def test_a_corpus_is_a_directory_per_source(corpus: Path) -> None:
+    shards = find_sources(str(corpus))
+    assert [(shard.source, shard.name, shard.stem) for shard in shards] == [
+        ("books", "a.json", "a"),
+        ("web", "1.jsonl", "1"),
+        ("web", "b/2.json.gz", "b__2"),
+    ]
+    assert [shard.bytes for shard in shards] == [Path(shard.path).stat().st_size for shard in shards]
+    version = shards[0].version
+    (corpus / "books" / "a.json").touch()
+    assert find_sources(str(corpus))[0].version != version
+    for wrong, said in ((corpus / "missing", "no such directory"), (corpus / "books", "no subdirectories")):
+        with pytest.raises(DataError, match=said):
+            find_sources(str(wrong))
+    (corpus / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no data files"):
+        find_sources(str(corpus))
+
+
+def test_files_and_globs(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = find_shards([str(corpus / "books" / "a.json"), str(corpus / "web" / "**" / "*.gz")])
+    assert [(shard.source, shard.name) for shard in shards] == [("books", "a.json"), ("b", "2.json.gz")]
+    monkeypatch.chdir(corpus / "web")
+    assert [shard.source for shard in find_shards(["1.jsonl"])] == ["web"]
+    (corpus / "web" / "x[1].json").write_text("{}")
+    assert find_shards(["x[1].json"])[0].name == "x[1].json", "a name is a name before it is a pattern"
+    with pytest.raises(DataError, match="no file matches"):
+        find_shards([str(corpus / "*.parquet")])
+    with pytest.raises(DataError, match="given twice"):
+        find_shards(["1.jsonl", "*.jsonl"])
+    (corpus / "web" / "gone.json").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"gone\.json"):
+        find_shards([str(corpus / "web")])
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("a.json.gz", "a"),
+        ("a.jsonl.zst", "a"),
+        ("a.b.json", "a.b"),
+        ("a", "a"),
+        (".gz", ".gz"),
+        ("x/y/a.gz", "x__y__a"),
+    ],
+)
+def test_stems(name: str, stem: str) -> None:
+    assert shard_stem(name) == stem
+
+
+def test_a_manifest(corpus: Path) -> None:
+    manifest = corpus / "list.txt"
+    url = f"file://{corpus}/web/1.jsonl"
+    manifest.write_text(f"# comment\n\nbooks/a.json\nother\tweb/b/2.json.gz\n{url}\n")
+    shards = shards_of_manifest(manifest)
+    assert [(shard.source, shard.name) for shard in shards] == [
+        ("books", "a.json"),
+        ("other", "2.json.gz"),
+        ("web", "1.jsonl"),
+    ]
+    manifest.write_text("books/a.json\nbooks/b.json\n")
+    with pytest.raises(DataError, match=r"list\.txt, line 2: .*b\.json: no such file"):
+        shards_of_manifest(manifest)
+    manifest.write_text("books/a.json\n./books/a.json\n")
+    with pytest.raises(DataError, match="given twice"):
+        shards_of_manifest(manifest)
+    manifest.write_text("# nothing\n")
+    with pytest.raises(DataError, match="lists no files"):
+        shards_of_manifest(manifest)
+    with pytest.raises(DataError, match="cannot be read"):
+        shards_of_manifest(corpus / "missing.txt")
+
+
+def test_urls(corpus: Path) -> None:
+    store = fsspec.filesystem("memory")
+    for path in corpus.rglob("*.js*"):
+        store.pipe(f"/bucket/{path.relative_to(corpus)}", path.read_bytes())
+    shards = find_sources("memory://bucket")
+    local = find_sources(str(corpus))
+    assert [(s.source, s.name, s.bytes) for s in shards] == [(s.source, s.name, s.bytes) for s in local]
+    assert list(read_texts(s.path for s in shards)) == list(read_texts(s.path for s in local))
+    assert [s.name for s in find_shards(["memory://bucket/web/*.jsonl"])] == ["1.jsonl"]
+    with InputFile(shards[1].path) as file:
+        file.sha256()
+        assert file.bytes_read == shards[1].bytes
+    for wrong, said in (
+        ("memory://bucket/missing.json", "no such file"),
+        ("memory://bucket/*.zst", "no file matches"),
+        ("nosuch://bucket/a.json", "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=said):
+            find_shards([wrong])
+    with pytest.raises(DataError, match=r"line 1: the file cannot be read any further"):
+        list(read_texts(["nosuch://bucket/a.json"]))
+
+
+def test_the_table_of_dolma_sources(tmp_path: Path, corpus: Path) -> None:
+    table = json.loads(TABLE.read_text())
+    assert len(table["sources"]) == 13
+    assert abs(sum(source["weight"] for source in table["sources"]) - 1) < 1e-9
+    blend = json.loads((TABLE.parents[1] / "dolma.json").read_text())["data"]["sources"]
+    assert [(s["name"], s["subset"], s["weight"]) for s in table["sources"]] == [
+        (s["name"], s["subset"], s["weight"]) for s in blend
+    ]
+    names = load_source_table(TABLE)
+    assert names["gutenberg"] == names["dolma_v1_6_gutenberg"] == "dolma_v1_6_gutenberg"
+    assert set(names.values()) == {source["subset"] for source in table["sources"]}
+    renamed = rename_sources(find_sources(str(corpus)), {"web": "dolma_v1_6_cc"})
+    assert [(shard.source, shard.directory, shard.stem) for shard in renamed] == [
+        ("books", "books", "a"),
+        ("dolma_v1_6_cc", "web", "web__1"),
+        ("dolma_v1_6_cc", "web", "web__b__2"),
+    ]
+    for content in ("[]", "{", '{"sources": [{"name": "a"}]}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(ConfigError, match="not a table of sources"):
+            load_source_table(tmp_path / "bad.json")
