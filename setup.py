@@ -22,6 +22,7 @@ setup(
         "pydantic>=2",
         "sentencepiece",
         "tokenizers",
+        "gigatoken",
         "safetensors",
         "orjson",
         "msgspec",
