@@ -389,7 +389,25 @@ class DataSource(Section):
     subset: str | None = setting(None, "Dolma subset id; the default path is cache_dir/subset")
     description: str = setting("", "for people")
     path: tuple[str, ...] | str | None = setting(
-        None, "prefix or prefixes of .bin/.idx pairs; null: cache_dir/subset"
+        None, "prefixes of .bin/.idx pairs, or directories of them; null: cache_dir/subset"
+    )
+    max_epochs: float | None = setting(
+        None,
+        "training reads the source at most this often, the others take over its share; null: no limit",
+        unit="epochs",
+        source="repetition: arXiv:2305.16264",
+        gt=0,
+    )
+
+
+class DataPhase(Section):
+    """A mix of the sources that holds from some point of the run on."""
+
+    from_tokens: int = setting(
+        ..., "start of the phase, in tokens since the start of the run", unit="tokens", ge=0
+    )
+    weights: dict[str, float] = setting(
+        ..., "source name to share of the training tokens; normalized; what is not named is not read"
     )
 
 
@@ -405,6 +423,11 @@ class Data(Section):
     preprocessing: Preprocessing = Preprocessing()
     sources: tuple[DataSource, ...] = setting((), "the blend", flags=("--data-path",))
     mixing_temperature: float = setting(1.0, "weights are raised to this power, then normalized", ge=0)
+    phases: tuple[DataPhase, ...] = setting(
+        (),
+        "mixes over the run, instead of the sources' weights in training",
+        source="OLMo 2, arXiv:2501.00656: another mix for the last part of a run",
+    )
     split: str = setting("98,1,1", "shares of train, validation, test", flags=("--split",))
     num_workers: int = setting(
         2, "loader processes per rank; 0: in the training process", flags=("--num-workers",), ge=0

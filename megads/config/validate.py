@@ -5,13 +5,15 @@ do. Single values (types, limits) are the schema's business.
 """
 
 from collections.abc import Iterator
+from difflib import get_close_matches
+from itertools import pairwise
 
 from megads.config import validate_layout, validate_model
 from megads.config.deepspeed import deepspeed_problems
 from megads.config.not_yet import missing_packages, not_yet
 from megads.config.resolve import batch_schedule, run_length
 from megads.config.schedule import learning_rate_schedule
-from megads.config.schema import Config, Training
+from megads.config.schema import Config, Data, Training
 from megads.config.tree import get
 from megads.errors import ConfigError
 
@@ -155,7 +157,7 @@ def _data(config: Config) -> Iterator[str]:
             "--data-path PREFIX (tools/preprocess_dolma.py makes one)"
         )
         return
-    if sum(source.weight for source in data.sources) <= 0:
+    if not data.phases and sum(source.weight for source in data.sources) <= 0:
         yield "the weights of data.sources are all 0: give at least one source a positive weight"
     names = [source.name for source in data.sources]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -168,6 +170,25 @@ def _data(config: Config) -> Iterator[str]:
                 f"data.sources: {source.name!r} has neither path nor subset: give one, to say where its "
                 "files lie"
             )
+    yield from _data_phases(data)
+
+
+def _data_phases(data: Data) -> Iterator[str]:
+    starts = [phase.from_tokens for phase in data.phases]
+    if starts and (starts[0] != 0 or any(later <= earlier for earlier, later in pairwise(starts))):
+        yield f"data.phases must begin at 0 and at increasing numbers of tokens; from_tokens are {starts}"
+    names = [source.name for source in data.sources]
+    for number, phase in enumerate(data.phases, 1):
+        where = f"data.phases, phase {number}"
+        for name, weight in phase.weights.items():
+            if name not in names:
+                near = get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+                yield f"{where}: no source is named {name!r}; {hint}"
+            if weight < 0:
+                yield f"{where}: the weight of {name!r} is {weight:g}; it cannot be negative"
+        if sum(phase.weights.values()) <= 0:
+            yield f"{where}: the weights are all 0: give at least one source a positive weight"
 
 
 def _split(config: Config) -> Iterator[str]:

@@ -1,21 +1,16 @@
-"""The weighted blend of sources, through Megatron-Core's blended datasets.
+"""The samples of a run: weighted blends of sources, read through Megatron-Core's datasets.
 
-Weights are normalized after w^tau (`data.mixing_temperature`), as for multilingual data in
-arXiv:1911.02116; a source of several prefixes spreads its weight over them by tokens. Every split is
-a blend of its own: the same weights over sources, the documents of that split. Samples are packed:
-documents one after the other, cut every `seq_length` tokens, one token shared with the next for the
-labels, nothing padded.
+Samples are packed: documents one after the other, cut every `seq_length` tokens, one token shared with
+the next for the labels, nothing padded. Sample n of training is a pure function of the data, the seed and
+the weights: `mix` says which source it comes from, `epochs` which piece of that source it is. Neither
+depends on the length of the run (but for sources held back by `max_epochs`), on ranks or on workers.
 
-What Megatron-Core 0.19.2 does that is minded here:
-- A split without tokens is an endless loop in `GPTDataset._get_num_epochs`; one shorter than a
-  sequence repeats its documents inside it. Both are refused beforehand.
-- The first and last documents of a file make up the splits, in order; nothing is shuffled across.
-- The order of samples depends on how many are asked for (epochs are shuffled together unless the last
-  one is used for less than 80%), so a run must ask for its whole length from its first start on.
-- Mid-level datasets get `mid_level_dataset_surplus` (0.5%) more samples than their share, which is
-  too little for many prefixes and raises IndexError; the surplus here follows from the counts.
-- The index cache is keyed by path and settings but not by content, and its files are written in place
-  (see `index_cache`).
+What Megatron-Core 0.19.2's own builder does that is not so here:
+- It makes a dataset of every file, so that start-up and the index grow with the number of files.
+- Epochs are shuffled together, so that the order of samples depends on how many are asked for.
+- A split without tokens is an endless loop in `GPTDataset._get_num_epochs`; one shorter than a sequence
+  repeats its documents inside it. Both are refused here.
+- Its index cache is keyed by path and settings but not by content, and written in place.
 """
 
 import logging
@@ -26,19 +21,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from megads.config.schema import Config
-from megads.data.index_cache import IndexCache
+from megads.data.index_cache import index_directory
+from megads.data.mix_table import mix_table, repetition_warnings
 from megads.data.samples import PackedSamples
-from megads.data.sources import Blend, Corpus, SourceInfo, plan_corpus
-from megads.errors import DataError, MegadsError
+from megads.data.sources import Blend, Corpus, build_index, plan_corpus
+from megads.errors import MegadsError
 
 if TYPE_CHECKING:
     from megads.config.resolve import Resolved
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "valid", "test")
-# Repeating data helps up to about 4 epochs: arXiv:2305.16264.
-USEFUL_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -60,91 +52,57 @@ class Datasets:
     valid: PackedSamples | None
     test: PackedSamples | None
     valid_by_source: dict[str, PackedSamples]
-    sources: tuple[SourceInfo, ...]
-    eod_id: int | None
-    tokenizer_sha256: str | None
-    fingerprint: str
-    """Changes with anything that changes the samples or their order."""
+    corpus: Corpus
+    table: str
+    """What training will read, for people: see `mix_table`."""
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        return self.corpus.tokenizer_sha256
+
+    def fingerprint(self, consumed_samples: int) -> str:
+        """Changes with anything that changes the samples of training up to there, or their order."""
+        return self.corpus.fingerprint(consumed_samples)
+
+    def sampled(self, consumed_samples: int) -> dict[str, int]:
+        """Training sequences of each source among the first `consumed_samples`: exact, nothing is counted."""
+        return self.corpus.blends["train"].sampled(consumed_samples)
 
 
 def build_datasets(config: Config, resolved: "Resolved", samples: SampleCounts) -> Datasets:
     """Check all datasets of the run and build its samples; collective where torch.distributed is on.
 
-    Rank 0 does the checking and writes the index cache (`data.cache_dir`/index), which all nodes must
-    see; every rank raises the error that rank 0 found. More samples than a source has in one epoch
-    repeat it. Raises DataError for missing, damaged or unfitting datasets and for a split too small
-    for one sequence, ConfigError for a blend that cannot be.
+    Rank 0 does the checking and writes the index (`data.cache_dir`/index), which all nodes must see;
+    every rank raises the error that rank 0 found. More samples than a source has in one epoch repeat it.
+    Raises DataError for missing, damaged or unfitting datasets and for a split too small for one
+    sequence, ConfigError for a blend that cannot be.
     """
+    assert samples.train > 0
     assert resolved.world_size == 1 or torch.distributed.is_initialized(), (
         "build datasets after the process group: the other ranks read the index that rank 0 writes"
     )
     counts = {"train": samples.train, "valid": samples.valid, "test": samples.test}
-    corpus = _on_rank_0(lambda: plan_corpus(config, counts, samples.valid_per_source))
-    _warn_of_repetition(corpus)
-    cache = _on_rank_0(lambda: IndexCache.open(config, corpus.fingerprint))
-    try:
-        sets = {name: _build_split(config, corpus, corpus.blends.get(name), cache) for name in SPLITS}
-        by_source = {
-            name: _build_split(config, corpus, blend, cache) for name, blend in corpus.valid_by_source.items()
-        }
-    except OSError as error:
-        cache.discard()
-        raise DataError(
-            f"{cache.directory}: the index of samples cannot be written or read: {error}. "
-            "data.cache_dir must be writable, and the same storage on every node."
-        ) from error
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    _on_rank_0(cache.complete)
-    train = sets["train"]
-    assert train is not None
-    return Datasets(
-        train,
-        sets["valid"],
-        sets["test"],
-        {k: v for k, v in by_source.items() if v is not None},
-        corpus.sources,
-        corpus.eod_id,
-        corpus.tokenizer_sha256,
-        corpus.fingerprint,
-    )
+    corpus = _on_rank_0(lambda: _plan_and_build(config, counts, samples.valid_per_source))
+    sets = {name: _packed(config, corpus, blend) for name, blend in corpus.blends.items()}
+    by_source = {name: _packed(config, corpus, blend) for name, blend in corpus.valid_by_source.items()}
+    table = mix_table(config, corpus)
+    return Datasets(sets["train"], sets.get("valid"), sets.get("test"), by_source, corpus, table)
 
 
-def _build_split(
-    config: Config, corpus: Corpus, blend: Blend | None, cache: IndexCache
-) -> PackedSamples | None:
-    """One blend of one split; every rank builds it, rank 0 first."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+def _plan_and_build(config: Config, counts: dict[str, int], valid_per_source: int) -> Corpus:
+    corpus = plan_corpus(config, counts, valid_per_source)
+    for warning in repetition_warnings(config, corpus):
+        logger.warning(warning)
+    build_index(corpus)
+    return corpus
 
-    if blend is None:
-        return None
-    # A single prefix given a weight would be wrapped in a blend of one, with a warning.
-    weights = list(blend.weights) if len(blend.prefixes) > 1 else None
-    settings = GPTDatasetConfig(
-        random_seed=corpus.seed,
-        sequence_length=config.training.seq_length,
-        blend=(list(blend.prefixes), weights),
-        split=config.data.split,
-        path_to_cache=str(cache.directory),
-        tokenizer=_TokenIds(corpus.eod_id, corpus.tokenizer_sha256),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        mid_level_dataset_surplus=_surplus(blend),
-    )
-    # The other splits are left out: building them would read, or loop over, what nobody asked for.
-    settings.split_matrix = [
-        bounds if split == blend.split else None
-        for split, bounds in zip(SPLITS, settings.split_matrix, strict=True)
-    ]
-    sizes = [blend.samples if split == blend.split else 0 for split in SPLITS]
-    built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
+
+def _packed(config: Config, corpus: Corpus, blend: Blend) -> PackedSamples:
+    # Imports Megatron-Core's datasets, which a process that only plans has no need of.
+    from megads.data.source_stream import BlendedStream
+
     return PackedSamples(
-        built[SPLITS.index(blend.split)],
+        BlendedStream(blend, index_directory(corpus.cache_dir), corpus.eod_id),
         blend.samples,
         vocab_size=config.model.vocab_size,
         eod_id=corpus.eod_id,
@@ -152,46 +110,6 @@ def _build_split(
         document_mask=config.data.document_mask,
         eod_mask_loss=config.data.eod_mask_loss,
     )
-
-
-def _surplus(blend: Blend) -> float:
-    """The share of extra samples that Megatron-Core must build of each prefix so that none runs out.
-
-    A blend of N samples over K prefixes is ceil'd to at most N + K, and takes of each prefix at most
-    w (N + K) + 1 (it always takes of the one that lags most); Megatron-Core builds
-    ceil(ceil(N w) (1 + surplus)).
-    """
-    total = blend.samples + len(blend.prefixes)
-    return max(
-        0.005,
-        *((weight * total + 0.5) / max(1.0, blend.samples * weight) - 1 for weight in blend.weights),
-    )
-
-
-@dataclass(frozen=True)
-class _TokenIds:
-    """What Megatron-Core's datasets ask of a tokenizer: no padding, and a name for the cache key."""
-
-    eod: int | None
-    sha256: str | None
-    pad: int = -1
-    vocab_size: int | None = None
-
-    @property
-    def unique_identifiers(self) -> dict[str, str | int | None]:
-        return {"class": "megads", "sha256": self.sha256, "eod": self.eod}
-
-
-def _warn_of_repetition(corpus: Corpus) -> None:
-    for source in corpus.sources:
-        if source.train_epochs > USEFUL_EPOCHS:
-            logger.warning(
-                "Source %s is read %.1f times over: beyond about %d epochs repetition adds little "
-                "(arXiv:2305.16264). Give it less weight or more data.",
-                source.name,
-                source.train_epochs,
-                USEFUL_EPOCHS,
-            )
 
 
 def _on_rank_0[T](work: Callable[[], T]) -> T:

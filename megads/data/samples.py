@@ -1,6 +1,6 @@
 """Training samples: fixed-length sequences cut from the packed documents, with masks and positions."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,9 +8,12 @@ from torch.utils.data import Dataset
 
 from megads.errors import DataError
 
+if TYPE_CHECKING:
+    from megads.data.source_stream import BlendedStream
+
 
 class PackedSamples(Dataset[dict[str, Tensor]]):
-    """Sequences of a Megatron-Core dataset, completed to what the model takes.
+    """The first `length` sequences of a blend, completed to what the model takes.
 
     A sample, S = `seq_length`:
       tokens [S] int64, labels [S] int64 (the next token of each), loss_mask [S] float32 (1: counts),
@@ -25,7 +28,7 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        dataset: Any,
+        stream: "BlendedStream",
         length: int,
         *,
         vocab_size: int,
@@ -34,9 +37,8 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
         document_mask: bool,
         eod_mask_loss: bool,
     ) -> None:
-        assert length <= len(dataset), f"{length} samples wanted, {len(dataset)} there"
         assert eod_id is not None or not (reset_position_ids or document_mask or eod_mask_loss)
-        self._dataset = dataset
+        self.stream = stream
         self._length = length
         self._vocab_size = vocab_size
         self._eod_id = eod_id
@@ -50,7 +52,7 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self._length:
             raise IndexError(f"sample {index} of {self._length}")
-        packed = self._dataset[index]
+        packed = self.stream[index]
         tokens, labels = packed["tokens"], packed["labels"]
         self._check_ids(index, tokens, labels)
         positions = torch.arange(tokens.numel())
@@ -78,8 +80,9 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
         lowest = min(int(tokens.min()), int(labels[-1]))
         highest = max(int(tokens.max()), int(labels[-1]))
         if lowest < 0 or highest >= self._vocab_size:
+            source, number = self.stream.locate(index)
+            read = ", ".join(sorted({f"{prefix}.bin" for prefix, *_ in source.documents(number)}))
             raise DataError(
                 f"Sample {index} holds token id {highest if lowest >= 0 else lowest}, the vocabulary has "
-                f"{self._vocab_size:,}: a .bin file is damaged or was made with another tokenizer. "
-                "`check_dataset(prefix, ..., full=True)` tells which."
+                f"{self._vocab_size:,}: damaged, or made with another tokenizer. It was read from {read}."
             )

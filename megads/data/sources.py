@@ -1,6 +1,8 @@
 """From the `data` section to a plan: which files, with which weights, with how many tokens.
 
-Everything that can be wrong with the data of a run is found here, before the first step.
+Everything that can be wrong with the data of a run is found here, before the first step, by one process,
+without torch. Every split is a blend of its own: the same weights over sources, the documents of that
+split. The first and last documents of a source make up the splits, in order, by Megatron-Core's division.
 """
 
 import contextlib
@@ -9,12 +11,18 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from megads.config.schema import Config, DataSource
+from megads.data.epochs import VERSION, EpochIndex, SourcePart
+from megads.data.index_cache import index_directory
 from megads.data.indexed import data_files
-from megads.data.manifest import DatasetInfo, check_dataset, sequence_lengths
+from megads.data.manifest import DatasetInfo, check_dataset
+from megads.data.mix import Mix, MixPhase, normalized, phases_within_caps
+from megads.data.shard_group import ShardGroup
 from megads.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megads.errors import ConfigError, DataError
 
@@ -22,42 +30,61 @@ logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 SPLIT_PATTERN = re.compile(r"\s*\d+(\.\d+)?\s*(,\s*\d+(\.\d+)?\s*){0,2}")
-MAX_SEED = 2**32 - 1  # of numpy's RandomState
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """One source of the run: its share, its size, and how often training reads it."""
-
-    name: str
-    share: float
-    documents: int
-    tokens: int
-    train_tokens: int
-    train_epochs: float
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Prefixes and their weights (sum 1) in one split, and the samples wanted of it."""
+    """The parts of sources that one split is mixed from, in the order of the weights in `phases`."""
 
     split: str
     samples: int
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...]
+    parts: tuple[SourcePart, ...]
+    phases: tuple[MixPhase, ...]
+
+    def sampled(self, consumed_samples: int) -> dict[str, int]:
+        """Samples of each source among the first `consumed_samples`."""
+        counts = Mix(self.phases).counts(consumed_samples).tolist()
+        return {part.name: count for part, count in zip(self.parts, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """The size of one source of the run."""
+
+    name: str
+    files: int
+    documents: int
+    tokens: int
+    train_tokens: int
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The checked data of a run."""
+    """The checked data of a run; small, for one process to send to the others."""
 
     sources: tuple[SourceInfo, ...]
     blends: dict[str, Blend]
     valid_by_source: dict[str, Blend]
     eod_id: int | None
     tokenizer_sha256: str | None
-    seed: int
-    fingerprint: str
+    cache_dir: str
+
+    def fingerprint(self, consumed_samples: int) -> str:
+        """Names the samples of training up to a position, and their order.
+
+        It does not change with what comes later: a longer run, or a phase that has not begun.
+        """
+        train = self.blends["train"]
+        parts = [
+            [p.name, p.content_sha256, p.first_document, p.documents, p.sequence_tokens, p.seed]
+            for p in train.parts
+        ]
+        begun = [
+            [phase.first_sample, phase.weights]
+            for phase in train.phases
+            if phase.first_sample < max(1, consumed_samples)
+        ]
+        return hashlib.sha256(json.dumps([VERSION, parts, begun, self.eod_id]).encode()).hexdigest()[:16]
 
 
 def plan_corpus(config: Config, samples: dict[str, int], valid_samples_per_source: int) -> Corpus:
@@ -65,37 +92,67 @@ def plan_corpus(config: Config, samples: dict[str, int], valid_samples_per_sourc
 
     Raises ConfigError and DataError as `blend.build_datasets` says.
     """
-    shares = source_shares(config.data.sources, config.data.mixing_temperature)
-    infos = _check_sources(config, shares)
-    eod_id, sha256 = _end_of_document(config, [info for part in infos.values() for info in part])
-    layout = _SplitLayout(config, infos)
-    blends = {split: _blend(layout, split, count, shares) for split, count in samples.items() if count > 0}
+    names, starts, shares = training_shares(config)
+    groups = _open_sources(config, names)
+    eod_id, sha256 = _end_of_document(config, [info for group in groups.values() for info in group.shards])
+    layout = _SplitLayout(config, groups)
+    blends = {}
+    if samples["train"] > 0:
+        parts = tuple(layout.part(name, "train") for name in names)
+        caps = _most_samples(config, parts)
+        phases = phases_within_caps(names, starts, shares, samples["train"], caps)
+        blends["train"] = Blend("train", samples["train"], parts, phases)
+    held_out = _held_out_shares(config, names, shares)
+    for split in ("valid", "test"):
+        if samples[split] > 0:
+            blends[split] = _held_out(layout, split, samples[split], held_out)
     by_source = {}
-    for name in shares if valid_samples_per_source > 0 else ():
+    for name in names if valid_samples_per_source > 0 else ():
         # A source that is too small for a validation set was named when the blend left it out.
         with contextlib.suppress(DataError):
-            by_source[name] = _blend(layout, "valid", valid_samples_per_source, {name: 1.0})
-    sources = tuple(
-        _source_info(name, share, infos[name], layout, samples["train"] * config.training.seq_length)
-        for name, share in shares.items()
+            part = layout.part(name, "valid")
+            by_source[name] = Blend("valid", valid_samples_per_source, (part,), (MixPhase(0, (1.0,)),))
+    infos = tuple(
+        SourceInfo(name, len(group.shards), len(group), group.tokens(), layout.tokens(name, "train"))
+        for name, group in groups.items()
     )
-    seed = config.data.preprocessing.shuffle_seed
-    seed = config.seed if seed is None else seed
-    if not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"The seed of the sample order is {seed}; it must be from 0 to {MAX_SEED:,}.")
-    fingerprint = _fingerprint(config, infos, [*blends.values(), *by_source.values()], seed, eod_id)
-    return Corpus(sources, blends, by_source, eod_id, sha256, seed, fingerprint)
+    return Corpus(infos, blends, by_source, eod_id, sha256, config.data.cache_dir)
 
 
-def source_shares(sources: tuple[DataSource, ...], temperature: float) -> dict[str, float]:
-    """Share of the samples of each source, w^temperature normalized; sources of weight 0 are left out."""
-    powered = {source.name: source.weight**temperature for source in sources if source.weight > 0}
-    if not powered:
-        raise ConfigError("data.sources has no source with a weight above 0: there is nothing to train on.")
-    if len({source.name for source in sources}) < len(sources):
+def build_index(corpus: Corpus) -> int:
+    """Make the index files that the blends of a run lack; returns how many were made."""
+    directory = index_directory(corpus.cache_dir)
+    made = 0
+    for blend in [*corpus.blends.values(), *corpus.valid_by_source.values()]:
+        for part, epochs in epochs_needed(blend):
+            made += EpochIndex(part, directory).build(epochs)
+    return made
+
+
+def epochs_needed(blend: Blend) -> Iterator[tuple[SourcePart, int]]:
+    """Each part that the blend takes samples of, and how many of its epochs they lie in."""
+    for part, count in zip(blend.parts, blend.sampled(blend.samples).values(), strict=True):
+        if count:
+            yield part, -(-count // part.samples_per_epoch)
+
+
+def training_shares(config: Config) -> tuple[list[str], list[int], list[dict[str, float]]]:
+    """(sources, first sample of each phase, shares in each phase): weight^temperature, normalized.
+
+    A phase begins with the first sample whose first token is not before `from_tokens`. Sources that no
+    phase reads are left out.
+    """
+    data, tokens = config.data, config.training.seq_length
+    if len({source.name for source in data.sources}) < len(data.sources):
         raise ConfigError("data.sources: two sources have the same name; give each its own.")
-    total = sum(powered.values())
-    return {name: value / total for name, value in powered.items()}
+    weights = [phase.weights for phase in data.phases]
+    weights = weights or [{source.name: source.weight for source in data.sources}]
+    shares = [normalized(phase, data.mixing_temperature) for phase in weights]
+    if not all(shares):
+        raise ConfigError("data.sources has no source with a weight above 0: there is nothing to train on.")
+    starts = [-(-phase.from_tokens // tokens) for phase in data.phases] or [0]
+    names = [source.name for source in data.sources if any(source.name in share for share in shares)]
+    return names, starts, shares
 
 
 def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
@@ -119,22 +176,29 @@ def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
     return tuple(prefixes)
 
 
-def _check_sources(config: Config, shares: dict[str, float]) -> dict[str, tuple[DatasetInfo, ...]]:
+def _open_sources(config: Config, names: list[str]) -> dict[str, ShardGroup]:
     """Check the datasets of all sources against the model's vocabulary and one tokenizer."""
     sha256 = tokenizer_sha256(config.data.tokenizer_path) if config.data.tokenizer_path else None
-    infos: dict[str, tuple[DatasetInfo, ...]] = {}
+    groups: dict[str, ShardGroup] = {}
     for source in config.data.sources:
-        if source.name not in shares:
+        if source.name not in names:
             continue
-        checked = []
-        for prefix in source_prefixes(source, config.data.cache_dir):
-            info = check_dataset(prefix, config.model.vocab_size, sha256)
+        group = ShardGroup.open(source_prefixes(source, config.data.cache_dir), config.data.cache_dir)
+        for info in group.shards:
             sha256 = sha256 or info.tokenizer_sha256  # the first one binds the others
-            checked.append(info)
-            if info.tokenizer_sha256 is None:
-                logger.warning("%s has no .json record: its tokenizer cannot be checked.", prefix)
-        infos[source.name] = tuple(checked)
-    return infos
+            if not _fits(info, config.model.vocab_size, sha256):
+                check_dataset(info.prefix, config.model.vocab_size, sha256)  # says what is wrong
+        if without := [info.prefix for info in group.shards if info.tokenizer_sha256 is None]:
+            more = f" and {len(without) - 1:,} more datasets" if len(without) > 1 else ""
+            logger.warning("%s%s: no .json record, so the tokenizer cannot be checked.", without[0], more)
+        groups[source.name] = group
+    return groups
+
+
+def _fits(info: DatasetInfo, vocab_size: int, sha256: str | None) -> bool:
+    if info.tokenizer_sha256 is None or info.vocab_size is None:
+        return True
+    return info.tokenizer_sha256 == sha256 and info.vocab_size <= vocab_size
 
 
 def _end_of_document(config: Config, infos: list[DatasetInfo]) -> tuple[int | None, str | None]:
@@ -164,115 +228,93 @@ def _end_of_document(config: Config, infos: list[DatasetInfo]) -> tuple[int | No
 
 
 class _SplitLayout:
-    """Documents and tokens of each prefix in each split, by Megatron-Core's own division."""
+    """Documents and tokens of each source in each split."""
 
-    def __init__(self, config: Config, infos: dict[str, tuple[DatasetInfo, ...]]) -> None:
-        from megatron.core.datasets.blended_megatron_dataset_config import (
-            convert_split_vector_to_split_matrix,
-            parse_and_normalize_split,
-        )
-
+    def __init__(self, config: Config, groups: dict[str, ShardGroup]) -> None:
         self.text = config.data.split
-        self.sequence_tokens = config.training.seq_length + 1
-        if not SPLIT_PATTERN.fullmatch(self.text) or not any(map(float, self.text.split(","))):
-            raise ConfigError(f'data.split is {self.text!r}; give shares as in "98,1,1".')
-        bounds = convert_split_vector_to_split_matrix(parse_and_normalize_split(self.text))
-        self.bounds = dict(zip(SPLIT_NAMES, bounds, strict=True))
-        self.infos = infos
-        self._tokens = {
-            (info.prefix, split): self._count_tokens(info, split)
-            for part in infos.values()
-            for info in part
-            for split in SPLIT_NAMES
-        }
+        self.sequence_tokens = config.training.seq_length
+        seed = config.data.preprocessing.shuffle_seed
+        self.seed = config.seed if seed is None else seed
+        self.bounds = split_bounds(self.text)
+        self.groups = groups
 
-    def documents(self, info: DatasetInfo, split: str) -> slice:
+    def documents(self, name: str, split: str) -> tuple[int, int]:
         if (bounds := self.bounds[split]) is None:
-            return slice(0, 0)
-        return slice(*(round(bound * float(info.documents)) for bound in bounds))
+            return 0, 0
+        documents = len(self.groups[name])
+        return round(bounds[0] * float(documents)), round(bounds[1] * float(documents))
 
-    def _count_tokens(self, info: DatasetInfo, split: str) -> int:
-        return int(sequence_lengths(info.prefix)[self.documents(info, split)].sum(dtype="int64"))
+    def tokens(self, name: str, split: str) -> int:
+        return self.groups[name].tokens(*self.documents(name, split))
 
-    def tokens(self, info: DatasetInfo, split: str) -> int:
-        return self._tokens[info.prefix, split]
+    def part(self, name: str, split: str) -> SourcePart:
+        """The part of a source; it holds at least one sequence.
 
-    def usable(self, name: str, split: str) -> dict[str, int]:
-        """Tokens of each prefix of a source that holds at least one sequence of this split.
-
-        Raises DataError when none does, ConfigError when the split has no share at all.
+        Raises DataError when it would not, ConfigError when the split has no share at all.
         """
         if self.bounds[split] is None:
             raise ConfigError(
                 f"data.split {self.text!r} leaves nothing for {SPLIT_NAMES[split]}; give it a share."
             )
-        tokens = {info.prefix: self.tokens(info, split) for info in self.infos[name]}
-        usable = {prefix: count for prefix, count in tokens.items() if count >= self.sequence_tokens}
-        if not usable:
-            ranges = [self.documents(info, split) for info in self.infos[name]]
-            documents = sum(part.stop - part.start for part in ranges)
+        group, (first, end) = self.groups[name], self.documents(name, split)
+        tokens = group.tokens(first, end)
+        part = SourcePart(
+            name, split, group.path, group.sha256, first, end - first, tokens, self.sequence_tokens, self.seed
+        )
+        if part.samples_per_epoch == 0:
             raise DataError(
-                f"Source {name!r}: its {SPLIT_NAMES[split]} split (data.split {self.text!r}) has "
-                f"{sum(tokens.values()):,} tokens in {documents:,} documents, and "
-                f"one sequence takes {self.sequence_tokens:,} from one file. Give it more data or a larger "
-                "share, or use a shorter training.seq_length."
+                f"Source {name!r}: its {SPLIT_NAMES[split]} split (data.split {self.text!r}) has {tokens:,} "
+                f"tokens in {part.documents:,} documents, and one sequence takes "
+                f"{self.sequence_tokens + 1:,}. Give it more data or a larger share, or use a shorter "
+                "training.seq_length."
             )
-        for prefix, count in tokens.items():
-            if prefix not in usable:
-                logger.warning(
-                    "%s is left out of %s: %d tokens are less than a sequence.", prefix, split, count
-                )
-        return usable
+        return part
 
 
-def _blend(layout: _SplitLayout, split: str, samples: int, shares: dict[str, float]) -> Blend:
-    """The sources by their shares. Held-out splits do without sources that are too small for them."""
-    usable: dict[str, dict[str, int]] = {}
+def split_bounds(text: str) -> dict[str, tuple[float, float] | None]:
+    """Where each split begins and ends in a source, as shares; None: it has no share.
+
+    Raises ConfigError for what is not three shares.
+    """
+    if not SPLIT_PATTERN.fullmatch(text) or not any(map(float, text.split(","))):
+        raise ConfigError(f'data.split is {text!r}; give shares as in "98,1,1".')
+    shares = [float(share) for share in text.split(",")]
+    shares += [0.0] * (len(SPLIT_NAMES) - len(shares))
+    total = sum(shares)
+    ends = list(accumulate(share / total for share in shares))
+    return {
+        split: (begin, end) if end > begin else None
+        for split, begin, end in zip(SPLIT_NAMES, [0.0, *ends], ends, strict=False)
+    }
+
+
+def _most_samples(config: Config, parts: tuple[SourcePart, ...]) -> dict[str, int]:
+    """Samples that each source with `max_epochs` may give at most."""
+    caps = {source.name: source.max_epochs for source in config.data.sources}
+    return {
+        part.name: int(cap * part.samples_per_epoch) for part in parts if (cap := caps[part.name]) is not None
+    }
+
+
+def _held_out_shares(config: Config, names: list[str], shares: list[dict[str, float]]) -> dict[str, float]:
+    """Validation and test have one mix throughout: by `weight`, or the first phase's where all are 0."""
+    weights = {source.name: source.weight for source in config.data.sources if source.name in names}
+    return normalized(weights, config.data.mixing_temperature) or shares[0]
+
+
+def _held_out(layout: _SplitLayout, split: str, samples: int, shares: dict[str, float]) -> Blend:
+    """The sources by their shares, without those that are too small for this split."""
+    parts: list[SourcePart] = []
     too_small: list[DataError] = []
     for name in shares:
         try:
-            usable[name] = layout.usable(name, split)
+            parts.append(layout.part(name, split))
         except DataError as error:
             too_small.append(error)
-    if too_small and (split == "train" or not usable):
+    if not parts:
         raise too_small[0]
     for reason in too_small:
         logger.warning("Left out of %s: %s", SPLIT_NAMES[split], reason)
-    kept = sum(shares[name] for name in usable)
-    prefixes = [prefix for tokens in usable.values() for prefix in tokens]
-    weights = [
-        shares[name] / kept * count / sum(tokens.values())
-        for name, tokens in usable.items()
-        for count in tokens.values()
-    ]
-    return Blend(split, samples, tuple(prefixes), tuple(weights))
-
-
-def _source_info(
-    name: str, share: float, infos: tuple[DatasetInfo, ...], layout: _SplitLayout, run_tokens: int
-) -> SourceInfo:
-    train_tokens = sum(layout.tokens(info, "train") for info in infos)
-    return SourceInfo(
-        name,
-        share,
-        sum(info.documents for info in infos),
-        sum(info.tokens for info in infos),
-        train_tokens,
-        share * run_tokens / train_tokens if train_tokens else 0.0,
-    )
-
-
-def _fingerprint(
-    config: Config,
-    infos: dict[str, tuple[DatasetInfo, ...]],
-    blends: list[Blend],
-    seed: int,
-    eod_id: int | None,
-) -> str:
-    """Names the index of samples by all that it depends on: contents, blends, splits, length, seed."""
-    from megatron.core import __version__
-
-    contents = {info.prefix: info.idx_sha256 for part in infos.values() for info in part}
-    described = [[blend.split, blend.samples, blend.prefixes, blend.weights] for blend in blends]
-    settings = [__version__, contents, described, config.data.split, config.training.seq_length, seed, eod_id]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    kept = sum(shares[part.name] for part in parts)
+    weights = tuple(shares[part.name] / kept for part in parts)
+    return Blend(split, samples, tuple(parts), (MixPhase(0, weights),))

@@ -82,6 +82,8 @@ class Run:
         self.leads = dist.get_rank() == 0
         # Data first: it fails fast, before a model is allocated.
         self.datasets = _build_datasets(config, resolved)
+        if self.leads:
+            logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)
         self.step = TrainingStep(config, resolved)
         self.state = restore(resolved, store, found, self.step, self.datasets)

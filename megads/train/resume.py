@@ -32,7 +32,7 @@ def checkpoint_record(
         "has_optimizer": checkpointing.save_optimizer,
         "layout": layout_of(resolved),
         "tokenizer_sha256": datasets.tokenizer_sha256,
-        "data_fingerprint": datasets.fingerprint,
+        "data_fingerprint": datasets.fingerprint(state.samples),
     }
 
 
@@ -69,18 +69,19 @@ def restore(
     if loaded is None:
         raise CheckpointError(f"{found.path} disappeared while it was being loaded")
     restore_state(step, loaded[0], optimizer=optimizer, generators=generators)
+    state = TrainState.from_dict(record["state"]) if record["state"] is not None else TrainState()
     if dist.get_rank() == 0:
-        _tell_differences(record, datasets, optimizer)
-    return TrainState.from_dict(record["state"]) if record["state"] is not None else TrainState()
+        _tell_differences(record, datasets, optimizer, state)
+    return state
 
 
-def _tell_differences(record: dict[str, Any], datasets: Datasets, optimizer: bool) -> None:
+def _tell_differences(record: dict[str, Any], datasets: Datasets, optimizer: bool, state: TrainState) -> None:
     if not optimizer:
         logger.warning("the checkpoint holds no optimizer state: the optimizer starts afresh")
     if record["state"] is None:
         logger.warning("the checkpoint holds no training state: steps and schedules start at 0")
-    if record["data_fingerprint"] != datasets.fingerprint:
+    if record["state"] is not None and record["data_fingerprint"] != datasets.fingerprint(state.samples):
         logger.warning(
-            "the data or the length of the run differ from the checkpoint's: samples come in another order "
+            "the data, their weights or the seed differ from the checkpoint's: samples come in another order "
             "from here on, and some may be seen twice"
         )

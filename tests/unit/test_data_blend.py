@@ -11,10 +11,9 @@ from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
 from megads.config.resolve import resolve
 from megads.config.schema import Config
-from megads.data import blend as module
 from megads.data.blend import Datasets, SampleCounts, build_datasets
 from megads.data.indexed import data_files
-from megads.data.sources import source_shares
+from megads.data.mix import normalized
 from megads.errors import ConfigError, DataError
 
 from data_files import EOD_ID, numbered_documents, write_dataset  # isort: skip
@@ -114,15 +113,14 @@ def test_shares_of_the_blend(tmp_path: Path, temperature: float) -> None:
     built = build(config, train=2000, valid=100, valid_per_source=20)
     first = np.array([built.train[i]["tokens"].max() for i in range(2000)]) // 100
     share_a = 0.2**temperature / (0.2**temperature + 0.8**temperature)
-    assert [source.share for source in built.sources] == pytest.approx([share_a, 1 - share_a])
-    tokens = {s.name: s.train_tokens for s in built.sources}
+    assert built.corpus.blends["train"].phases[0].weights == pytest.approx((share_a, 1 - share_a))
     counts = {i: float(np.mean(first == i)) for i in (1, 2, 3, 4)}
     assert counts[1] == pytest.approx(share_a, abs=2e-3)
     assert counts[2] / (counts[2] + counts[3]) == pytest.approx(0.75, abs=0.05)
     assert counts[4] == 0
     # Every prefix of the run has its share already, not only the whole of it.
     assert float(np.mean(first[:200] == 1)) == pytest.approx(share_a, abs=2e-2)
-    assert built.sources[0].train_epochs == pytest.approx(2000 * SEQ * share_a / tokens["a"])
+    assert built.sampled(2000) == {"a": round(2000 * share_a), "b": round(2000 * (1 - share_a))}
     assert set(built.valid_by_source) == {"a", "b"}
     for name, low, high in (("a", 100, 200), ("b", 200, 400)):
         ids = ids_of(built.valid_by_source[name])
@@ -175,34 +173,37 @@ def test_a_dataset_made_again_under_its_name_is_not_read_by_the_old_index(tmp_pa
         assert all(f" {i} " in streams for i in words[:50])
 
 
-def test_an_interrupted_build_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_or_damaged_index_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     write_dataset(tmp_path / "a", unique_documents(100), vocab_size=VOCAB)
     config = config_of(tmp_path, [{"name": "a", "subset": "a"}])
     with monkeypatch.context() as patched:
-        patched.setattr(module.IndexCache, "complete", lambda self: None)  # killed before the end
-        expected = ids_of(build(config, train=100).train).tolist()
-    for file in (tmp_path / "index").rglob("*.npy"):
-        os.truncate(file, file.stat().st_size // 2)
+        patched.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(config, train=100)
+    assert list((tmp_path / "index").iterdir()) == []
+    expected = ids_of(build(config, train=100).train).tolist()
+    files = sorted((tmp_path / "index").iterdir())
+    assert [file.suffix for file in files] == [".epochs", ".shards"]
+    content = {file: file.read_bytes() for file in files}
+    for file in files:
+        for damage in (content[file][: len(content[file]) // 2], _flipped(content[file]), b""):
+            file.write_bytes(damage)
+            caplog.clear()
+            assert ids_of(build(config, train=100).train).tolist() == expected
+            assert f"{file} is damaged: it is made again" in caplog.text
+            assert file.read_bytes() == content[file]
+    caplog.clear()
     assert ids_of(build(config, train=100).train).tolist() == expected
-    assert len(list((tmp_path / "index").glob("*.complete"))) == 1
+    assert "damaged" not in caplog.text
 
 
-def test_many_files_and_few_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    big = write_dataset(tmp_path / "big", numbered_documents(50, 3, 500), vocab_size=VOCAB)
-    for i in range(60):
-        write_dataset(tmp_path / "shards" / f"{i:02d}", numbered_documents(8, 3, 500), vocab_size=VOCAB)
-    sources = [
-        {"name": "big", "path": str(big), "weight": 0.9},
-        {"name": "shards", "subset": "shards", "weight": 0.1},
-    ]
-    config = config_of(tmp_path, sources, split="100,0,0")
-    assert len(build(config, train=100).train) == 100
-    monkeypatch.setattr(module, "_surplus", lambda blend: 0.005)  # Megatron-Core's own
-    monkeypatch.setattr(
-        module.IndexCache, "open", lambda *args: module.IndexCache(tmp_path / "x", tmp_path / "y", True)
-    )
-    with pytest.raises(IndexError, match="oversamples"):
-        build(config, train=100)
+def _flipped(content: bytes) -> bytes:
+    """One bit of an array differs."""
+    changed = bytearray(content)
+    changed[-20] ^= 4
+    return bytes(changed)
 
 
 def test_validation_does_without_a_source_that_is_too_small_for_it(
@@ -278,8 +279,5 @@ def test_an_id_beyond_the_vocabulary_is_caught_when_read(tmp_path: Path) -> None
 
 
 def test_shares_are_normalized() -> None:
-    sources = Config.model_validate(
-        {"data": {"sources": [{"name": "x", "weight": 4}, {"name": "y", "weight": 1}]}}
-    ).data.sources
-    assert source_shares(sources, 1.0) == {"x": 0.8, "y": 0.2}
-    assert source_shares(sources, 0.5) == {"x": pytest.approx(2 / 3), "y": pytest.approx(1 / 3)}
+    assert normalized({"x": 4, "y": 1, "z": 0}, 1.0) == {"x": 0.8, "y": 0.2}
+    assert normalized({"x": 4, "y": 1}, 0.5) == {"x": pytest.approx(2 / 3), "y": pytest.approx(1 / 3)}
