@@ -33,6 +33,7 @@ from rich.table import Table
 from megads.config.flops import count_parameters, training_flops_per_token
 from megads.config.loader import load_config
 from megads.config.resolve import resolve
+from megads.config.scalars import Schedules
 from megads.config.schema import Config
 from megads.mcore.allocator import keep_freed_memory
 from megads.mcore.groups import initialize_device, initialize_process_groups
@@ -68,8 +69,8 @@ COMMON = {
     "model.first_k_dense_replace": 1, "model.moe.num_experts_per_token": 2, "model.moe.num_shared_experts": 1,
     "model.moe.use_aux_loss_free": True, "model.init_method_std": 0.02, "distributed.device": "cpu",
     "training.train_steps": 1, "training.lr_warmup_steps": 0, "training.use_bf16": False,
+    "training.lr_decay_style": "constant",
 }  # fmt: skip
-LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
 # Not "batched_mm": it copies the weights of each token's experts, tens of GB here.
 EXPERTS = ("grouped_mm", "eager")
 
@@ -79,11 +80,12 @@ Step = Callable[[torch.Tensor], None]
 def megads_step(config: Config) -> Step:
     """One optimizer step of MegaDS on a batch of tokens [B, S + 1]."""
     initialize_device("cpu")
-    initialize_process_groups(resolve(config, 1, False), 10, config.seed)
-    from megads.train.step import Scalars, TrainingStep
+    resolved = resolve(config, 1, False)
+    initialize_process_groups(resolved, 10, config.seed)
+    from megads.train.step import TrainingStep
 
-    training = TrainingStep(config, resolve(config, 1, False))
-    scalars = Scalars(LEARNING_RATE, WEIGHT_DECAY, 0.0, 0.001, 0.0)
+    training = TrainingStep(config, resolved)
+    _, scalars = Schedules(config, resolved).at(0)
 
     def step(tokens: torch.Tensor) -> None:
         inputs, labels = tokens[:, :-1], tokens[:, 1:]
@@ -120,7 +122,11 @@ def transformers_step(config: Config, experts: str) -> Step:
     expected, found = count_parameters(config).total, sum(p.numel() for p in model.parameters())
     assert found == expected, f"the models differ: {found} parameters against {expected}"
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.95), fused=True
+        model.parameters(),
+        lr=config.training.learning_rate,
+        weight_decay=config.training.weight_decay,
+        betas=(0.9, 0.95),
+        fused=True,
     )
 
     def step(tokens: torch.Tensor) -> None:
@@ -128,7 +134,7 @@ def transformers_step(config: Config, experts: str) -> Step:
         logits = model(input_ids=tokens[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.grad_clip)
         optimizer.step()
 
     return step

@@ -150,15 +150,16 @@ def attention_matrices(config: Config, shape: ModelShape) -> tuple[int, int]:
     return down + mla.d_model * mla.q_lora_rank, split + mla.q_lora_rank * query
 
 
-def attention_flops_per_token(config: Config, causal: bool = True) -> float:
+def attention_flops_per_token(config: Config, causal: bool = True, seq_length: int | None = None) -> float:
     """Forward FLOPs of the scores and their product with the values in one layer, per token.
 
     `causal`: only the keys that a token may see count (on average (s + 1) / 2 of s), what FlashAttention
-    computes. False: the full square, as Megatron-LM's and PaLM's MFU formulas count it.
+    computes. False: the full square, as Megatron-LM's and PaLM's MFU formulas count it. `seq_length`
+    None: the config's.
     """
     shape, heads = model_shape(config), config.model.mla.num_heads
     per_key = 2 * heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim + shape.v_head_dim)
-    length = config.training.seq_length
+    length = seq_length or config.training.seq_length
     window = min(config.model.mla.sliding_window or length, length)
     if not causal:
         return float(per_key * window)
@@ -167,16 +168,16 @@ def attention_flops_per_token(config: Config, causal: bool = True) -> float:
     return per_key * keys / length
 
 
-def forward_flops_per_token(config: Config, causal: bool = True) -> float:
+def forward_flops_per_token(config: Config, causal: bool = True, seq_length: int | None = None) -> float:
     """Forward FLOPs per token, MTP and output head included; see the module for what counts."""
     counts = count_parameters(config)
     layers = (*counts.layers, *counts.mtp_layers)
     head = config.model.vocab_size * config.model.mla.d_model
     heads = head * (1 + len(counts.mtp_layers))
     matrices = sum(layer.matrices for layer in layers) + counts.mtp_projection + heads
-    return 2 * matrices + len(layers) * attention_flops_per_token(config, causal)
+    return 2 * matrices + len(layers) * attention_flops_per_token(config, causal, seq_length)
 
 
-def training_flops_per_token(config: Config, causal: bool = True) -> float:
+def training_flops_per_token(config: Config, causal: bool = True, seq_length: int | None = None) -> float:
     """FLOPs of forward and backward per token: three times the forward ones."""
-    return 3 * forward_flops_per_token(config, causal)
+    return 3 * forward_flops_per_token(config, causal, seq_length)

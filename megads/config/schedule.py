@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the tokens consumed: batch size, learning rate, router noise.
+"""Schedules as pure functions of the tokens consumed: batch size, learning rate, any scheduled setting.
 
 Nothing here counts steps while training: the tokens consumed say where a run is, so a stop and a
 resume, or another parallel layout, cannot shift a schedule. Steps appear only where a user gives
@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
-from megads.config.schema import Training
+from megads.config.schema import SchedulePhase, Training
 from megads.errors import ConfigError
 
 Shape = Literal["constant", "linear", "cosine"]
@@ -197,6 +197,26 @@ def router_noise_schedule(router_noise_std: float, total_tokens: int) -> Piecewi
     return PiecewiseSchedule((Phase(total_tokens, router_noise_std, 0.0, "linear"),))
 
 
+def value_schedule(base: float, phases: tuple[SchedulePhase, ...]) -> PiecewiseSchedule:
+    """A setting of value `base` that `phases` change: the first linear or cosine one starts at `base`.
+
+    Without phases, `base` for ever. Asked as the learning rate is: a step that ends beyond a phase is in
+    the next one.
+
+    Raises ConfigError unless the phases end at increasing tokens.
+    """
+    pieces: list[Phase] = []
+    before = base
+    for phase in phases:
+        start = phase.to if phase.shape == "constant" else before
+        pieces.append(Phase(phase.until_tokens, start, phase.to, phase.shape))
+        before = phase.to
+    try:
+        return PiecewiseSchedule(tuple(pieces) or (Phase(1, base, base, "constant"),))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _decay_phases(training: Training, total_tokens: int) -> list[Phase]:
     """What follows warm-up, up to `total_tokens`."""
     peak, floor = training.learning_rate, training.min_learning_rate
@@ -228,15 +248,9 @@ def _from_lr_phases(training: Training) -> PiecewiseSchedule:
         raise ConfigError(
             'training.lr_decay_style is "phases" but training.lr_phases is empty: list the phases'
         )
-    phases: list[Phase] = []
-    before = 0.0
-    for piece in training.lr_phases:
-        start = piece.to if piece.shape == "constant" else before
-        phases.append(Phase(piece.until_tokens, start, piece.to, piece.shape))
-        before = piece.to
     try:
-        return PiecewiseSchedule(tuple(phases))
-    except ValueError as error:
+        return value_schedule(0.0, training.lr_phases)
+    except ConfigError as error:
         raise ConfigError(f"training.lr_phases: {error}") from None
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 V3 = "DeepSeek-V3, arXiv:2412.19437"
+MOONLIGHT = "Moonlight, arXiv:2502.16982"
 LLM = "DeepSeek LLM, arXiv:2401.02954"
 
 
@@ -38,6 +39,16 @@ def setting(
     """
     extra: dict[str, Any] = {"unit": unit, "source": source, "aliases": list(aliases), "flags": list(flags)}
     return Field(default, description=doc, json_schema_extra={k: v for k, v in extra.items() if v}, **limits)
+
+
+class SchedulePhase(Section):
+    """One piece of a schedule: from where the last one ended to `to`, reached at `until_tokens`."""
+
+    until_tokens: int = setting(..., "end of the phase, in tokens since the start", unit="tokens", gt=0)
+    to: float = setting(..., "value at the end of the phase", ge=0)
+    shape: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "constant: `to` throughout; linear, cosine: from the previous value to `to`"
+    )
 
 
 class RopeScaling(Section):
@@ -183,6 +194,12 @@ class MoE(Section):
         ge=0,
         flags=("--moe-router-bias-update-rate",),
     )
+    bias_update_rate_phases: tuple[SchedulePhase, ...] = setting(
+        (), "the rate over the run", source=f"{V3}, section 4.2: 0.001 to 14.3T tokens, then 0"
+    )
+    bias_update_centered: bool = setting(
+        False, "subtract the mean of the updates, so that biases keep their mean", source=MOONLIGHT
+    )
     balance_loss_type: Literal["sequence", "load", "entropy", "none"] = setting(
         "sequence",
         "auxiliary loss: sequence (V3 eq. 17-20), load (Switch, over the micro-batch), "
@@ -196,6 +213,7 @@ class MoE(Section):
         aliases=("aux_loss_alpha",),
         flags=("--moe-aux-loss-coeff",),
     )
+    router_aux_loss_weight_phases: tuple[SchedulePhase, ...] = setting((), "the weight over the run")
     router_z_loss_weight: float = setting(
         0.0,
         "weight of the router z-loss",
@@ -204,11 +222,14 @@ class MoE(Section):
         flags=("--moe-z-loss-coeff",),
     )
     router_temperature: float = setting(1.0, "router logits are divided by it", gt=0)
+    router_temperature_phases: tuple[SchedulePhase, ...] = setting((), "the temperature over the run")
     router_noise_std: float = setting(
         0.0,
-        "std of Gaussian noise on the logits that choose experts; falls linearly to 0 over the run",
+        "std of Gaussian noise on the logits that choose experts; without phases it falls linearly to 0 "
+        "over the run",
         ge=0,
     )
+    router_noise_std_phases: tuple[SchedulePhase, ...] = setting((), "the noise over the run")
     capacity_factor: float | None = setting(
         None,
         "tokens an expert takes at most, over the mean; null: no token is dropped",
@@ -265,16 +286,6 @@ class Model(Section):
     moe: MoE = MoE()
 
 
-class SchedulePhase(Section):
-    """One piece of a schedule: from where the last one ended to `to`, reached at `until_tokens`."""
-
-    until_tokens: int = setting(..., "end of the phase, in tokens since the start", unit="tokens", gt=0)
-    to: float = setting(..., "value at the end of the phase", ge=0)
-    shape: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "constant: `to` throughout; linear, cosine: from the previous value to `to`"
-    )
-
-
 class Training(Section):
     """Batches, length of the run, optimizer, schedules, precision, objective."""
 
@@ -293,6 +304,12 @@ class Training(Section):
         None, "sequences per step at the start of the ramp", source="V3: 3072", gt=0
     )
     seq_length: int = setting(2048, "tokens per sequence", unit="tokens", flags=("--seq-length",), gt=1)
+    seq_length_phases: tuple[SchedulePhase, ...] = setting(
+        (),
+        "curriculum of sequence lengths, constant in each phase; each divides seq_length, of which every "
+        "sample is cut into that many shorter ones, so that tokens per step stay the same",
+        unit="tokens",
+    )
     total_training_tokens: int | None = setting(
         None,
         "length of the run; null: from train_steps, else from tokens_per_parameter_ratio",
@@ -354,6 +371,9 @@ class Training(Section):
         source=f"{V3}, eq. 25",
         ge=0,
         flags=("--mtp-loss-scaling-factor",),
+    )
+    mtp_loss_weight_phases: tuple[SchedulePhase, ...] = setting(
+        (), "the weight over the run", source=f"{V3}, section 4.2: 0.3 to 10T tokens, then 0.1"
     )
     gradient_checkpointing: Literal[False, True, "full", "selective"] = setting(
         False, "recompute activations: full (each layer), selective (MLA up-projections and norms)"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from itertools import pairwise
 
-from megads.config import validate_layout, validate_model
+from megads.config import validate_layout, validate_model, validate_schedules
 from megads.config.deepspeed import deepspeed_problems
 from megads.config.not_yet import missing_packages, not_yet
 from megads.config.resolve import batch_schedule, run_length
@@ -61,7 +61,10 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
     else:
         yield ["training.sgd_momentum"], f"the optimizer is {training.optimizer}"
     if not training.use_mtp:
-        yield ["training.num_predict_tokens", "training.mtp_loss_weight"], "training.use_mtp is false"
+        yield (
+            ["training.num_predict_tokens", "training.mtp_loss_weight", "training.mtp_loss_weight_phases"],
+            "training.use_mtp is false",
+        )
     if style != "multistep":
         yield ["training.lr_multistep"], f"lr_decay_style is {style}"
     if style != "wsd":
@@ -74,9 +77,15 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
     elif training.train_steps is not None:
         yield ["training.tokens_per_parameter_ratio"], "train_steps comes first"
     if not moe.use_aux_loss_free:
-        yield ["model.moe.bias_update_rate"], "use_aux_loss_free is false"
+        yield (
+            [f"model.moe.bias_update_{name}" for name in ("rate", "rate_phases", "centered")],
+            "use_aux_loss_free is false",
+        )
     if moe.balance_loss_type == "none":
-        yield ["model.moe.router_aux_loss_weight"], "balance_loss_type is none"
+        yield (
+            ["model.moe.router_aux_loss_weight", "model.moe.router_aux_loss_weight_phases"],
+            "balance_loss_type is none",
+        )
     if moe.capacity_factor is None:
         yield ["model.moe.min_expert_capacity"], "capacity_factor is null, so nothing is dropped"
 
@@ -97,6 +106,7 @@ def _training(config: Config) -> Iterator[str]:
         )
     yield from _phases(training)
     yield from _length(config)
+    yield from validate_schedules.sequence_length_problems(config)
 
 
 def _phases(training: Training) -> Iterator[str]:
@@ -125,12 +135,7 @@ def _length(config: Config) -> Iterator[str]:
         )
         return
     total_tokens, train_steps = run_length(config)
-    last = training.lr_phases[-1].until_tokens if training.lr_phases else None
-    if training.lr_decay_style == "phases" and last is not None and last < total_tokens:
-        yield (
-            f"training.lr_phases ends at {last:,} tokens but the run has {total_tokens:,}: add a phase for "
-            "the rest, or shorten the run"
-        )
+    yield from validate_schedules.phase_problems(config, total_tokens)
     if training.lr_decay_style != "phases" and training.lr_warmup_steps > train_steps:
         yield (
             f"training.lr_warmup_steps = {training.lr_warmup_steps} is more than the {train_steps} steps of "

@@ -84,7 +84,10 @@ class Router(MegatronModule):
         self.tp_cp_group = pg_collection.tp_cp
         self.layer_number: int | None = None
         self.is_mtp_layer = is_mtp_layer
+        # What schedules change while training.
         self.noise_std = moe.router_noise_std
+        self.temperature = moe.router_temperature
+        self.aux_loss_weight = moe.router_aux_loss_weight
         self.weight = torch.nn.Parameter(
             torch.empty(moe.num_experts, config.hidden_size, dtype=config.params_dtype)
         )
@@ -121,7 +124,7 @@ class Router(MegatronModule):
         """Gates [T, E] (zero where not routed) and the boolean map [T, E]."""
         moe = self.moe
         logits_SBE = torch.nn.functional.linear(input.float(), self.weight.float())
-        logits_TE = logits_SBE.flatten(0, 1) / moe.router_temperature
+        logits_TE = logits_SBE.flatten(0, 1) / self.temperature
         scores_TE = scores_of(logits_TE, moe.scoring_func)
         with torch.no_grad():
             choosing_TE = scores_TE
@@ -154,10 +157,10 @@ class Router(MegatronModule):
         """
         moe, ranks = self.moe, self.tp_cp_group.size()
         tokens = gates_TE.shape[0] * ranks
-        if moe.balance_loss_type != "none" and moe.router_aux_loss_weight > 0:
+        if moe.balance_loss_type != "none" and self.aux_loss_weight > 0:
             loss = self._balance_loss(scores_TE, batch)
             self.balance_loss += loss.detach()
-            gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, loss * (moe.router_aux_loss_weight * tokens))
+            gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, loss * (self.aux_loss_weight * tokens))
         if moe.router_z_loss_weight > 0:
             z_loss = logits_TE.logsumexp(dim=-1).square().mean() / ranks
             gates_TE = MoEAuxLossAutoScaler.apply(gates_TE, z_loss * (moe.router_z_loss_weight * tokens))
@@ -197,12 +200,18 @@ def routers_of(model_chunks: list[torch.nn.Module]) -> list[Router]:
 
 
 @torch.no_grad()
-def update_expert_biases(routers: list[Router], loads_LE: Tensor, rate: float) -> None:
+def update_expert_biases(
+    routers: list[Router], loads_LE: Tensor, rate: float, *, centered: bool = False
+) -> None:
     """Raise the bias of experts below the mean load, lower it above (arXiv:2408.15664, algorithm 1).
 
-    `loads_LE` are the tokens per expert of the whole global batch, a row per router.
+    `loads_LE` are the tokens per expert of the whole global batch, a row per router. `centered` takes
+    their mean off the updates (Moonlight, arXiv:2502.16982), which keeps the sum of the biases.
     """
-    offsets = (loads_LE.mean(dim=-1, keepdim=True) - loads_LE).sign() * rate
+    signs = (loads_LE.mean(dim=-1, keepdim=True) - loads_LE).sign()
+    if centered:
+        signs = signs - signs.mean(dim=-1, keepdim=True)
+    offsets = signs * rate
     for router, offset in zip(routers, offsets, strict=True):
         if router.expert_bias is not None:
             router.expert_bias += offset

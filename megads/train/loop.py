@@ -20,6 +20,7 @@ from megads.checkpoint.store import CheckpointStore
 from megads.config import show
 from megads.config.flops import count_parameters, training_flops_per_token
 from megads.config.resolve import Resolved
+from megads.config.scalars import Scalars, Schedules
 from megads.config.schema import Config
 from megads.data.blend import Datasets, SampleCounts, build_datasets
 from megads.data.loader import Loader, build_loader
@@ -37,12 +38,11 @@ from megads.train.metrics import (
     validation_record,
 )
 from megads.train.resume import checkpoint_record, find_checkpoint, restore
-from megads.train.schedules import Schedules
 from megads.train.signals import StopRequest
 from megads.train.sinks import METRICS_FILE, Sinks, open_sinks
 from megads.train.snapshot import sharded_state
 from megads.train.state import TrainState
-from megads.train.step import Scalars, StepResult, TrainingStep
+from megads.train.step import StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,6 @@ class Run:
         self.schedules = Schedules(config, resolved)
         self.validation = Validation(config, self.datasets, self.step)
         self.progress = _Progress(saved_step=self.state.step if found else -1)
-        self.flops_per_token = training_flops_per_token(config)
         self._open_meters()
 
     def _open_meters(self) -> None:
@@ -110,7 +109,6 @@ class Run:
         )
         self.router_rows = [router.index_among(resolved.shape.is_moe) for router in self.step.routers]
         self.speed = SpeedMeter(
-            flops_per_token=self.flops_per_token,
             peak_flops_per_second=peak.flops_per_second,
             processes=resolved.world_size,
         )
@@ -132,7 +130,7 @@ class Run:
                 vocab_size=config.model.vocab_size,
                 layout=layout_text(resolved),
                 parameters=count_parameters(config).total_with_mtp,
-                flops_per_token=self.flops_per_token,
+                flops_per_token=training_flops_per_token(config),
             )
         )
 
@@ -185,11 +183,12 @@ class Run:
         micro_batches = batch_size // (self.config.training.micro_batch_size * self.resolved.dp)
         result = self.step.train(batches, micro_batches, scalars)
         tokens = batch_size * self.config.training.seq_length
-        seconds = self.speed.step_done(tokens)
+        flops = tokens * training_flops_per_token(self.config, seq_length=scalars.seq_length)
+        seconds = self.speed.step_done(tokens, flops)
         self.state.advance(
             samples=batch_size,
             tokens=tokens,
-            flops=tokens * self.flops_per_token,
+            flops=flops,
             seconds=seconds,
             skipped=not result.applied,
         )
@@ -235,7 +234,7 @@ class Run:
                 self.state,
                 averages,
                 speed,
-                learning_rate=scalars.learning_rate,
+                scalars=scalars,
                 batch_size=batch_size,
                 peak_memory_bytes=peak_memory_bytes(self.resolved.device),
             )

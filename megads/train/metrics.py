@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megads.config.scalars import Scalars
 from megads.train.state import TrainState
 
 Record = dict[str, Any]
@@ -158,7 +159,7 @@ class Speed:
 class SpeedMeter:
     """Tokens per second, model FLOPs utilization and time left.
 
-    MFU = training FLOPs per token * tokens/s / (peak FLOP/s of a process * processes). The FLOPs are
+    MFU = training FLOPs per second / (peak FLOP/s of a process * processes). The FLOPs are
     those that the model needs, forward and backward (`config.flops`), recomputation not counted; the
     peak is `matmul_rate.peak_rate`'s. Definition: PaLM, arXiv:2204.02311, appendix B.
     """
@@ -166,26 +167,25 @@ class SpeedMeter:
     def __init__(
         self,
         *,
-        flops_per_token: float,
         peak_flops_per_second: float,
         processes: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._flops_per_token = flops_per_token
         self._peak = peak_flops_per_second * processes
         self._clock = clock
         self._last = clock()
         self._steps = self._tokens = 0
-        self._seconds = 0.0
+        self._seconds = self._flops = 0.0
         self._history: deque[tuple[int, float]] = deque(maxlen=INTERVALS_FOR_TIME_LEFT)
 
-    def step_done(self, tokens: int) -> float:
-        """Count a step of `tokens` tokens (of the whole job); returns the seconds it took."""
+    def step_done(self, tokens: int, flops: float) -> float:
+        """Count a step of `tokens` tokens and their model FLOPs (of the whole job); the seconds it took."""
         now = self._clock()
         seconds = now - self._last
         self._last = now
         self._steps += 1
         self._tokens += tokens
+        self._flops += flops
         self._seconds += seconds
         return seconds
 
@@ -208,7 +208,7 @@ class SpeedMeter:
         tokens_per_second = self._tokens / seconds
         self._history.append((self._tokens, seconds))
         recent_rate = sum(tokens for tokens, _ in self._history) / sum(spent for _, spent in self._history)
-        flops_per_second = self._flops_per_token * tokens_per_second
+        flops_per_second = self._flops / seconds
         speed = Speed(
             step_seconds=seconds / self._steps,
             tokens_per_second=tokens_per_second,
@@ -217,7 +217,7 @@ class SpeedMeter:
             seconds_left=max(tokens_left, 0) / recent_rate,
         )
         self._steps = self._tokens = 0
-        self._seconds = 0.0
+        self._seconds = self._flops = 0.0
         return speed
 
 
@@ -226,11 +226,11 @@ def train_record(
     averages: Averages,
     speed: Speed,
     *,
-    learning_rate: float,
+    scalars: Scalars,
     batch_size: int,
     peak_memory_bytes: int | None = None,
 ) -> Record:
-    """The record of a log interval that ended with `state`; `learning_rate` is that of its last step."""
+    """The record of a log interval that ended with `state`; `scalars` are those of its last step."""
     record: Record = {
         "kind": "train",
         "step": state.step,
@@ -238,7 +238,7 @@ def train_record(
         "samples": state.samples,
         "interval_steps": averages.steps,
         **averages.means,
-        "learning_rate": learning_rate,
+        **asdict(scalars),
         "batch_size": batch_size,
         **asdict(speed),
         "skipped_steps": state.skipped_steps,

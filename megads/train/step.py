@@ -23,22 +23,12 @@ from megatron.core.transformer.multi_token_prediction import roll_tensor
 from torch import Tensor
 
 from megads.config.resolve import Resolved
+from megads.config.scalars import Scalars
 from megads.config.schema import Config
 from megads.model.build import build_model
 from megads.model.context_parallel import local_part
 from megads.model.router import routers_of, update_expert_biases
 from megads.optim.build import NonFiniteGradientsError, build_optimizer, set_learning_rate, wrap_data_parallel
-
-
-@dataclass(frozen=True)
-class Scalars:
-    """What the schedules give for one step."""
-
-    learning_rate: float
-    weight_decay: float
-    mtp_loss_weight: float
-    bias_update_rate: float
-    router_noise_std: float
 
 
 @dataclass(frozen=True)
@@ -95,9 +85,6 @@ class TrainingStep:
         self.routers = routers_of(self.chunks)
         self.depths = 1 + resolved.shape.mtp_depth
         self._schedule = get_forward_backward_func()
-        self._positions = torch.arange(
-            config.training.seq_length, device=torch.cuda.current_device()
-        ).unsqueeze(0)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -112,35 +99,49 @@ class TrainingStep:
         return ends or data.document_mask or data.reset_position_ids
 
     def _forward_step(
-        self, mtp_loss_weight: float, batches: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
+        self,
+        mtp_loss_weight: float,
+        seq_length: int,
+        batches: Iterator[dict[str, Tensor]] | None,
+        model: torch.nn.Module,
     ) -> tuple[Tensor, Any]:
         """What Megatron-Core's schedules call for each micro-batch and model chunk."""
-        if batches is None:
-            return model(None, None, self._positions), None
         device, cp = torch.cuda.current_device(), self.groups.cp
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+        positions = torch.arange(seq_length, device=device).unsqueeze(0)
+        if batches is None:
+            return model(None, None, positions), None
+        batch = {
+            name: tensor.to(device, non_blocking=True)
+            for name, tensor in shortened(next(batches), seq_length).items()
+        }
         data = self.config.data
         output = model(
             local_part(batch["tokens"], cp),
             local_part(batch["labels"], cp),
-            batch["position_ids"] if data.reset_position_ids else self._positions,
+            batch["position_ids"] if data.reset_position_ids else positions,
             batch["document_ids"] if data.document_mask else None,
         )
         return output, partial(_loss, local_part(batch["loss_mask"], cp), mtp_loss_weight, cp)
 
     def _run(
-        self, batches: Iterator[dict[str, Tensor]] | None, micro_batches: int, weight: float, training: bool
+        self,
+        batches: Iterator[dict[str, Tensor]] | None,
+        micro_batches: int,
+        *,
+        mtp_loss_weight: float,
+        seq_length: int,
+        training: bool,
     ) -> Tensor:
         """[2, K] loss sums and token counts over all micro-batches and ranks."""
-        training_config, chunks = self.config.training, len(self.chunks)
+        full, chunks = self.config.training, len(self.chunks)
         iterators = _share(batches, chunks) if chunks > 1 else batches
         reports = self._schedule(
-            forward_step_func=partial(self._forward_step, weight),
+            forward_step_func=partial(self._forward_step, mtp_loss_weight, seq_length),
             data_iterator=iterators,
             model=self.chunks,
             num_microbatches=micro_batches,
-            seq_length=training_config.seq_length,
-            micro_batch_size=training_config.micro_batch_size,
+            seq_length=seq_length,
+            micro_batch_size=full.micro_batch_size * (full.seq_length // seq_length),
             forward_only=not training,
         )
         device = torch.cuda.current_device()
@@ -163,8 +164,16 @@ class TrainingStep:
         for router in self.routers:
             router.reset_statistics()
             router.noise_std = scalars.router_noise_std
+            router.temperature = scalars.router_temperature
+            router.aux_loss_weight = scalars.aux_loss_weight
         self.optimizer.zero_grad()
-        sums, counts = self._run(batches, micro_batches, scalars.mtp_loss_weight, training=True)
+        sums, counts = self._run(
+            batches,
+            micro_batches,
+            mtp_loss_weight=scalars.mtp_loss_weight,
+            seq_length=scalars.seq_length,
+            training=True,
+        )
         set_learning_rate(self.optimizer, scalars.learning_rate, scalars.weight_decay)
         try:
             applied, grad_norm, _ = self.optimizer.step()
@@ -172,7 +181,10 @@ class TrainingStep:
             applied, grad_norm = False, None
         loads, balance_losses = self._router_statistics(micro_batches)
         if applied and self.config.model.moe.use_aux_loss_free:
-            update_expert_biases(self.routers, loads, scalars.bias_update_rate)
+            moe = self.config.model.moe
+            update_expert_biases(
+                self.routers, loads, scalars.bias_update_rate, centered=moe.bias_update_centered
+            )
         return StepResult(sums, counts, grad_norm, bool(applied), loads, balance_losses)
 
     def gather_parameters(self) -> None:
@@ -189,7 +201,10 @@ class TrainingStep:
         """Loss sums and token counts [K] over `micro_batches` batches per replica, without gradients."""
         for chunk in self.chunks:
             chunk.eval()
-        sums, counts = self._run(batches, micro_batches, 0.0, training=False)
+        length = self.config.training.seq_length
+        sums, counts = self._run(
+            batches, micro_batches, mtp_loss_weight=0.0, seq_length=length, training=False
+        )
         return sums, counts
 
     def _router_statistics(self, micro_batches: int) -> tuple[Tensor, Tensor]:
@@ -202,6 +217,21 @@ class TrainingStep:
         dist.all_reduce(loads, group=self.groups.tp_dp_cp)
         dist.all_reduce(losses, group=self.groups.tp_dp_cp)
         return loads, losses / (micro_batches * self.resolved.dp)
+
+
+def shortened(batch: dict[str, Tensor], seq_length: int) -> dict[str, Tensor]:
+    """A micro-batch [B, S] cut into sequences of `seq_length`, [B * S / seq_length, seq_length].
+
+    No token is dropped: a label still is the next token, across a cut too. Positions restart at a cut,
+    where the part of a document before it is out of sight.
+    """
+    full = batch["tokens"].shape[1]
+    if seq_length == full:
+        return batch
+    cut = {name: tensor.unflatten(1, (-1, seq_length)).flatten(0, 1) for name, tensor in batch.items()}
+    places = torch.arange(full).unflatten(0, (-1, seq_length)).repeat(len(batch["tokens"]), 1)
+    begins = (places - cut["position_ids"]).maximum(places[:, :1])  # of the document, or of the cut
+    return cut | {"position_ids": places - begins}
 
 
 def _share(batches: Iterator[dict[str, Tensor]] | None, chunks: int) -> list[Any]:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megads.config.scalars import Scalars
+
 if TYPE_CHECKING:
     from megads.config.resolve import Resolved
     from megads.config.schema import Config
-    from megads.train.step import Scalars, TrainingStep
+    from megads.train.step import TrainingStep
 
 VOCABULARY, SEQ_LENGTH, GLOBAL_BATCH, MICRO_BATCH = 96, 16, 8, 4
 
@@ -130,17 +132,18 @@ def start(settings: dict[str, Any]) -> "TrainingStep":
     return TrainingStep(config, resolved)
 
 
-def scalars(step: "TrainingStep", **changes: float) -> "Scalars":
+def scalars(step: "TrainingStep", **changes: float) -> Scalars:
     """Constant schedules: the values of the configuration."""
-    from megads.train.step import Scalars
-
     training, moe = step.config.training, step.config.model.moe
     constant = Scalars(
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         mtp_loss_weight=training.mtp_loss_weight,
         bias_update_rate=moe.bias_update_rate,
+        aux_loss_weight=moe.router_aux_loss_weight,
+        router_temperature=moe.router_temperature,
         router_noise_std=moe.router_noise_std,
+        seq_length=training.seq_length,
     )
     return replace(constant, **changes)
 

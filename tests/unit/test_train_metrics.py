@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megads.config.scalars import Scalars
 from megads.train.matmul_rate import measure_matmul_rate, peak_rate, published_peak
 from megads.train.metrics import (
     Averages,
@@ -150,10 +151,10 @@ class Clock:
 
 def test_speed():
     clock = Clock()
-    meter = SpeedMeter(flops_per_token=6e9, peak_flops_per_second=100e12, processes=2, clock=clock)
+    meter = SpeedMeter(peak_flops_per_second=100e12, processes=2, clock=clock)
     for _ in range(4):
         clock.now += 0.5
-        assert meter.step_done(tokens=10_000) == 0.5
+        assert meter.step_done(10_000, 6e13) == 0.5
     speed = meter.interval(tokens_left=100_000)
     assert speed == Speed(
         step_seconds=0.5, tokens_per_second=20_000, model_flops_per_second=1.2e14, mfu=0.6, seconds_left=5.0
@@ -162,19 +163,19 @@ def test_speed():
 
 def test_excluded_time_does_not_count():
     clock = Clock()
-    meter = SpeedMeter(flops_per_token=1, peak_flops_per_second=1, processes=1, clock=clock)
+    meter = SpeedMeter(peak_flops_per_second=1, processes=1, clock=clock)
     clock.now += 1
-    meter.step_done(100)
+    meter.step_done(100, 100)
     with meter.excluded():
         clock.now += 1000
     clock.now += 1
-    assert meter.step_done(100) == 1
+    assert meter.step_done(100, 100) == 1
     assert meter.interval(0).tokens_per_second == 100
 
 
 def test_excluded_time_does_not_count_when_it_fails():
     clock = Clock()
-    meter = SpeedMeter(flops_per_token=1, peak_flops_per_second=1, processes=1, clock=clock)
+    meter = SpeedMeter(peak_flops_per_second=1, processes=1, clock=clock)
 
     def failing_evaluation() -> None:
         with meter.excluded():
@@ -184,22 +185,22 @@ def test_excluded_time_does_not_count_when_it_fails():
     with pytest.raises(RuntimeError):
         failing_evaluation()
     clock.now += 2
-    assert meter.step_done(100) == 2
+    assert meter.step_done(100, 100) == 2
 
 
 def test_time_left_follows_recent_intervals():
     clock = Clock()
-    meter = SpeedMeter(flops_per_token=1, peak_flops_per_second=1, processes=1, clock=clock)
+    meter = SpeedMeter(peak_flops_per_second=1, processes=1, clock=clock)
     left = []
     for seconds in [1.0] * 5 + [2.0] * 10:
         clock.now += seconds
-        meter.step_done(100)
+        meter.step_done(100, 100)
         left.append(meter.interval(tokens_left=1000).seconds_left)
     assert left[4] == pytest.approx(10)
     assert left[4] < left[9] < left[14]
     assert left[14] == pytest.approx(20)
     clock.now += 1
-    meter.step_done(100)
+    meter.step_done(100, 100)
     assert meter.interval(tokens_left=-5).seconds_left == 0
 
 
@@ -256,14 +257,15 @@ def a_speed() -> Speed:
     return Speed(0.5, 20_000.0, 1.2e14, 0.6, 5.0)
 
 
+SCALARS = Scalars(3e-4, 0.1, 0.3, 0.001, 1e-4, 1.0, 0.0, 64)
+
+
 def test_train_record():
     state = TrainState(step=20, tokens=4000, samples=40, skipped_steps=1, wall_seconds=9.5, flops=1e9)
     averages = Averages(
         steps=10, means={"lm_loss": 4.5, "grad_norm": None}, max_vio=[0.5, None, 1.5], dead_experts=[0, 2, 1]
     )
-    record = train_record(
-        state, averages, a_speed(), learning_rate=3e-4, batch_size=8, peak_memory_bytes=1024
-    )
+    record = train_record(state, averages, a_speed(), scalars=SCALARS, batch_size=8, peak_memory_bytes=1024)
     assert record["kind"] == "train"
     assert (record["step"], record["tokens"], record["interval_steps"]) == (20, 4000, 10)
     assert (record["lm_loss"], record["grad_norm"], record["learning_rate"]) == (4.5, None, 3e-4)
@@ -274,7 +276,7 @@ def test_train_record():
 
 def test_dense_model_has_no_balance():
     averages = Averages(steps=1, means={}, max_vio=[], dead_experts=[])
-    record = train_record(TrainState(step=1), averages, a_speed(), learning_rate=1.0, batch_size=1)
+    record = train_record(TrainState(step=1), averages, a_speed(), scalars=SCALARS, batch_size=1)
     assert not {"max_vio", "dead_experts", "peak_memory_bytes"} & record.keys()
 
 
