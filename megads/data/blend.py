@@ -24,24 +24,13 @@ from megads.config.schema import Config
 from megads.data.index_cache import index_directory
 from megads.data.mix_table import mix_table, repetition_warnings
 from megads.data.samples import PackedSamples
-from megads.data.sources import Blend, Corpus, build_index, plan_corpus
+from megads.data.sources import Blend, Corpus, SampleCounts, build_index, plan_corpus
 from megads.errors import MegadsError
 
 if TYPE_CHECKING:
     from megads.config.resolve import Resolved
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SampleCounts:
-    """Sequences wanted of each split over the whole run; 0: the split is not built."""
-
-    train: int
-    valid: int = 0
-    test: int = 0
-    valid_per_source: int = 0
-    """Sequences of each source's own validation set."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +70,15 @@ def build_datasets(config: Config, resolved: "Resolved", samples: SampleCounts) 
     assert resolved.world_size == 1 or torch.distributed.is_initialized(), (
         "build datasets after the process group: the other ranks read the index that rank 0 writes"
     )
-    counts = {"train": samples.train, "valid": samples.valid, "test": samples.test}
-    corpus = _on_rank_0(lambda: _plan_and_build(config, counts, samples.valid_per_source))
+    corpus = _on_rank_0(lambda: _plan_and_build(config, samples))
     sets = {name: _packed(config, corpus, blend) for name, blend in corpus.blends.items()}
     by_source = {name: _packed(config, corpus, blend) for name, blend in corpus.valid_by_source.items()}
     table = mix_table(config, corpus)
     return Datasets(sets["train"], sets.get("valid"), sets.get("test"), by_source, corpus, table)
 
 
-def _plan_and_build(config: Config, counts: dict[str, int], valid_per_source: int) -> Corpus:
-    corpus = plan_corpus(config, counts, valid_per_source)
+def _plan_and_build(config: Config, samples: SampleCounts) -> Corpus:
+    corpus = plan_corpus(config, samples)
     for warning in repetition_warnings(config, corpus):
         logger.warning(warning)
     build_index(corpus)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1  # of the order; a change of it changes what every seed gives
 # Epochs of a small source share a file, so that thousands of them are not thousands of files.
-BLOCK_ITEMS = 1 << 18
+BLOCK_ITEMS = 1 << 14
 PIECE_DOCUMENTS = 1 << 24
 
 

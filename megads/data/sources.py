@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megads.config.schema import Config, DataSource
 from megads.data.epochs import VERSION, EpochIndex, SourcePart
@@ -28,8 +29,32 @@ from megads.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    from megads.config.resolve import Resolved
+
 SPLIT_NAMES = {"train": "training", "valid": "validation", "test": "test"}
 SPLIT_PATTERN = re.compile(r"\s*\d+(\.\d+)?\s*(,\s*\d+(\.\d+)?\s*){0,2}")
+
+
+@dataclass(frozen=True)
+class SampleCounts:
+    """Sequences wanted of each split over the whole run; 0: the split is not built."""
+
+    train: int
+    valid: int = 0
+    test: int = 0
+    valid_per_source: int = 0
+    """Sequences of each source's own validation set."""
+
+
+def sample_counts(config: Config, resolved: "Resolved") -> SampleCounts:
+    """What a run of this configuration reads. Each evaluation reads the same samples."""
+    train = resolved.batch.tokens_after(resolved.train_steps) // config.training.seq_length
+    if config.training.eval_interval == 0:
+        return SampleCounts(train)
+    valid = config.validation.eval_steps * config.training.global_batch_size
+    by_source = config.validation.per_source and len(config.data.sources) > 1
+    return SampleCounts(train, valid, valid_per_source=valid if by_source else 0)
 
 
 @dataclass(frozen=True)
@@ -75,20 +100,18 @@ class Corpus:
         It does not change with what comes later: a longer run, or a phase that has not begun.
         """
         train = self.blends["train"]
+        begun = [phase for phase in train.phases if phase.first_sample < max(1, consumed_samples)]
         parts = [
-            [p.name, p.content_sha256, p.first_document, p.documents, p.sequence_tokens, p.seed]
-            for p in train.parts
+            [p.name, p.content_sha256, p.first_document, p.documents, p.sequence_tokens, p.seed, weights]
+            for p, *weights in zip(train.parts, *(phase.weights for phase in begun), strict=True)
+            if any(weights)
         ]
-        begun = [
-            [phase.first_sample, phase.weights]
-            for phase in train.phases
-            if phase.first_sample < max(1, consumed_samples)
-        ]
-        return hashlib.sha256(json.dumps([VERSION, parts, begun, self.eod_id]).encode()).hexdigest()[:16]
+        starts = [phase.first_sample for phase in begun]
+        return hashlib.sha256(json.dumps([VERSION, parts, starts, self.eod_id]).encode()).hexdigest()[:16]
 
 
-def plan_corpus(config: Config, samples: dict[str, int], valid_samples_per_source: int) -> Corpus:
-    """Check every dataset and lay out the blends of the splits in `samples` that are not 0.
+def plan_corpus(config: Config, samples: SampleCounts) -> Corpus:
+    """Check every dataset and lay out the blends of the splits that `samples` asks for.
 
     Raises ConfigError and DataError as `blend.build_datasets` says.
     """
@@ -96,22 +119,19 @@ def plan_corpus(config: Config, samples: dict[str, int], valid_samples_per_sourc
     groups = _open_sources(config, names)
     eod_id, sha256 = _end_of_document(config, [info for group in groups.values() for info in group.shards])
     layout = _SplitLayout(config, groups)
-    blends = {}
-    if samples["train"] > 0:
-        parts = tuple(layout.part(name, "train") for name in names)
-        caps = _most_samples(config, parts)
-        phases = phases_within_caps(names, starts, shares, samples["train"], caps)
-        blends["train"] = Blend("train", samples["train"], parts, phases)
+    parts = tuple(layout.part(name, "train") for name in names)
+    phases = phases_within_caps(names, starts, shares, samples.train, _most_samples(config, parts))
+    blends = {"train": Blend("train", samples.train, parts, phases)}
     held_out = _held_out_shares(config, names, shares)
-    for split in ("valid", "test"):
-        if samples[split] > 0:
-            blends[split] = _held_out(layout, split, samples[split], held_out)
+    for split, count in (("valid", samples.valid), ("test", samples.test)):
+        if count > 0:
+            blends[split] = _held_out(layout, split, count, held_out)
     by_source = {}
-    for name in names if valid_samples_per_source > 0 else ():
+    for name in names if samples.valid_per_source > 0 else ():
         # A source that is too small for a validation set was named when the blend left it out.
         with contextlib.suppress(DataError):
             part = layout.part(name, "valid")
-            by_source[name] = Blend("valid", valid_samples_per_source, (part,), (MixPhase(0, (1.0,)),))
+            by_source[name] = Blend("valid", samples.valid_per_source, (part,), (MixPhase(0, (1.0,)),))
     infos = tuple(
         SourceInfo(name, len(group.shards), len(group), group.tokens(), layout.tokens(name, "train"))
         for name, group in groups.items()

@@ -24,7 +24,7 @@ class Validation:
     def __init__(self, config: Config, datasets: Datasets, step: TrainingStep) -> None:
         self._config, self._step = config, step
         self._valid = datasets.valid
-        self._by_source = datasets.valid_by_source if per_source(config) else {}
+        self._by_source = datasets.valid_by_source
 
     def run(self) -> tuple[float, dict[str, float]]:
         """(loss, loss by source), next-token cross-entropy in nats per token; there must be a split."""
@@ -50,16 +50,3 @@ class Validation:
             )
         sums, counts = self._step.evaluate(batches, micro_batches)
         return float(sums[0] / torch.clamp(counts[0], min=1))
-
-
-def per_source(config: Config) -> bool:
-    """Whether each source is evaluated by itself: asked for, and more than one."""
-    return config.validation.per_source and len(config.data.sources) > 1
-
-
-def validation_samples(config: Config) -> tuple[int, int]:
-    """Sequences of (the blend, each source) that an evaluation reads; 0: not evaluated."""
-    if config.training.eval_interval == 0:
-        return 0, 0
-    samples = config.validation.eval_steps * config.training.global_batch_size
-    return samples, samples if per_source(config) else 0

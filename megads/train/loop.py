@@ -22,12 +22,13 @@ from megads.config.flops import count_parameters, training_flops_per_token
 from megads.config.resolve import Resolved
 from megads.config.scalars import Scalars, Schedules
 from megads.config.schema import Config
-from megads.data.blend import Datasets, SampleCounts, build_datasets
+from megads.data.blend import build_datasets
 from megads.data.loader import Loader, build_loader
+from megads.data.sources import sample_counts
 from megads.errors import TrainingError
 from megads.train.console import ConsoleSink
 from megads.train.curve import draw_curve
-from megads.train.evaluate import Validation, validation_samples
+from megads.train.evaluate import Validation
 from megads.train.matmul_rate import peak_rate
 from megads.train.metrics import (
     SpeedMeter,
@@ -81,7 +82,7 @@ class Run:
         self.config, self.resolved, self.store = config, resolved, store
         self.leads = dist.get_rank() == 0
         # Data first: it fails fast, before a model is allocated.
-        self.datasets = _build_datasets(config, resolved)
+        self.datasets = build_datasets(config, resolved, sample_counts(config, resolved))
         if self.leads:
             logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)

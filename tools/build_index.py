@@ -1,0 +1,57 @@
+"""Check the datasets of a run, show what it will read, and build its index of samples, without torch.
+
+  python tools/build_index.py --config configs/dolma.json
+  python tools/build_index.py --config configs/dolma.json --dry-run     the table alone
+
+Takes every flag of pretrain_megads.py. Training builds what is missing by itself, on its first process
+while the others wait; a job that finds the index there starts at once. The index lies below
+data.cache_dir/index and does not depend on the number of processes, so this can run anywhere that sees
+the same data: on a login node, or in a job without GPUs.
+"""
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
+
+from megads.config.flags import parse_flags  # noqa: E402
+from megads.config.loader import load_config  # noqa: E402
+from megads.config.resolve import planned_hardware, resolve  # noqa: E402
+from megads.config.validate import check  # noqa: E402
+from megads.data.index_cache import index_directory  # noqa: E402
+from megads.data.mix_table import mix_table, repetition_warnings  # noqa: E402
+from megads.data.sources import build_index, plan_corpus, sample_counts  # noqa: E402
+from megads.errors import MegadsError  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    """The exit code: 0, or that of the error that was printed."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    started = time.monotonic()
+    try:
+        arguments = parse_flags(argv, "tools/build_index.py")
+        config = load_config(arguments.config, arguments.overrides, arguments.origins)
+        processes, cuda = planned_hardware(config, arguments.world_size)
+        check(config, processes, cuda)
+        corpus = plan_corpus(config, sample_counts(config, resolve(config, processes, cuda)))
+        print(mix_table(config, corpus))
+        for warning in repetition_warnings(config, corpus):
+            print(f"warning: {warning}")
+        if not arguments.dry_run:
+            made = build_index(corpus)
+            seconds = time.monotonic() - started
+            print(f"index: {made:,} files made, {seconds:.1f} s, in {index_directory(corpus.cache_dir)}")
+    except MegadsError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
