@@ -598,11 +598,23 @@ class TensorBoard(Section):
     log_dir: str | None = setting(None, "null: output_dir/tensorboard", flags=("--tensorboard-dir",))
 
 
+class Profile(Section):
+    """torch's profiler over a window of steps; SIGUSR2 opens one at any time. Files: output_dir/profile."""
+
+    start_step: int | None = setting(
+        None, "first step of the window; null: only by signal", flags=("--profile-step-start",), gt=0
+    )
+    steps: int = setting(3, "length of the window", unit="steps", gt=0)
+    ranks: tuple[int, ...] = setting((0,), "processes that start_step is for", flags=("--profile-ranks",))
+    memory: bool = setting(False, "also allocations; on CUDA a memory snapshot")
+
+
 class Logging(Section):
     """Sinks of the metrics; console and `metrics.jsonl` are always on."""
 
     wandb: Wandb = Wandb()
     tensorboard: TensorBoard = TensorBoard()
+    profile: Profile = Profile()
 
 
 class Validation(Section):

@@ -38,6 +38,7 @@ from megads.train.metrics import (
     train_record,
     validation_record,
 )
+from megads.train.profiler import StepProfiler
 from megads.train.resume import checkpoint_record, find_checkpoint, restore
 from megads.train.signals import StopRequest
 from megads.train.sinks import METRICS_FILE, Sinks, open_sinks
@@ -143,10 +144,18 @@ class Run:
         if self.config.training.exit_step is not None:
             last_step = min(last_step, self.config.training.exit_step)
         stop = StopRequest()
+        profiler = StepProfiler(
+            self.config.logging.profile,
+            Path(self.config.output_dir) / "profile",
+            rank=dist.get_rank(),
+            cuda=self.resolved.device == "cuda",
+        )
         loader = self._training_batches()
         try:
             while self.state.step < last_step:
+                profiler.before_step(self.state.step + 1)
                 self._one_step(loader)
+                profiler.after_step(self.state.step)
                 self._after_step(last_step)
                 if signal_name := stop.agreed():
                     logger.info(
@@ -155,6 +164,7 @@ class Run:
                     break
             self._finish(completed=self.state.step >= self.resolved.train_steps)
         finally:
+            profiler.close(self.state.step)
             stop.close()
             if isinstance(loader, Loader):
                 loader.close()
