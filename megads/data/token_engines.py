@@ -118,8 +118,8 @@ class GigatokenEngine:
     def _doubtful(self, texts: Sequence[str], ids: NDArray[Any], offsets: NDArray[np.int64]) -> list[int]:
         """Texts with characters unknown to the reference.
 
-        Without a normalizer such a character is inside one token or in parts of several, which a look
-        at the ids tells faster than one at the text.
+        Without a normalizer such a character is in one token, or begins at the end of one, which a look at
+        the ids tells faster than one at the text.
         """
         candidates = [i for i, text in enumerate(texts) if not text.isascii()]
         if self._partial is not None and candidates:
@@ -176,7 +176,7 @@ def _merged(merge: Any) -> str:
 
 
 def _suspicious_tokens(spec: dict[str, Any], unknown: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """For each id: may the token hold, in whole or in part, an unknown character?"""
+    """For each id: does the token hold an unknown character, or end in what may be the start of one?"""
     byte_of = str.maketrans({character: chr(byte) for byte, character in _byte_alphabet().items()})
     flags = unknown.tobytes()
     vocabulary: dict[str, int] = spec["model"]["vocab"]
@@ -186,14 +186,31 @@ def _suspicious_tokens(spec: dict[str, Any], unknown: NDArray[np.bool_]) -> NDAr
         if token.isascii():
             continue
         try:
-            text = token.translate(byte_of).encode("latin-1").decode()
-        except UnicodeError:
-            suspicious[token_id] = True
-        else:
-            suspicious[token_id] = not text.isascii() and any(flags[ord(character)] for character in text)
+            data = token.translate(byte_of).encode("latin-1")
+        except UnicodeEncodeError:  # not of the byte alphabet: a control token, which no merge leads to
+            continue
+        text = data.decode(errors="ignore")
+        in_full = not text.isascii() and any(flags[ord(character)] for character in text)
+        suspicious[token_id] = in_full or bool(unknown[_started_character(data)].any())
     for token, token_id in added.items():
         suspicious[token_id] = contains_any(token, unknown)
     return suspicious
+
+
+def _started_character(data: bytes) -> slice:
+    """The code points of the UTF-8 character that starts, but does not end, at the end of `data`."""
+    for given in range(1, min(4, len(data) + 1)):
+        lead = data[-given]
+        if lead < 0x80:
+            break
+        if lead >= 0xC0:
+            needed = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
+            code = lead & (0xFF >> (needed + 1))
+            for byte in data[len(data) - given + 1 :]:
+                code = code << 6 | byte & 0x3F
+            width = 1 << 6 * max(0, needed - given)
+            return slice(code * width, (code + 1) * width) if given < needed else slice(0)
+    return slice(0)
 
 
 def _byte_alphabet() -> dict[int, str]:
