@@ -15,9 +15,9 @@ vocab_size=${VOCAB_SIZE:-4096}
 python tools/train_tokenizer.py --input "$corpus" --output "$data/tokenizer.model" --vocab-size "$vocab_size"
 python tools/preprocess_dolma.py --input-root "$corpus" --output-root "$data" --tokenizer "$data/tokenizer.model"
 
-# Every source with the same weight; write other weights before the prefixes, or "sources" in the JSON.
+# Every source with the same weight; write other weights before the directories, or "sources" in the JSON.
 sources=()
-for index in "$data"/*.idx; do sources+=(1 "${index%.idx}"); done
+for source in "$corpus"/*/; do sources+=(1 "$data/$(basename "$source")"); done
 torchrun --standalone --nproc-per-node 2 pretrain_megads.py --config configs/debug.json \
   --data.cache_dir "$data" --tokenizer-model "$data/tokenizer.model" --vocab-size "$vocab_size" \
   --output_dir "$data/run" "$@" --data-path "${sources[@]}"

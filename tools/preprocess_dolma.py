@@ -1,174 +1,327 @@
 """Tokenize Dolma-format files (JSON lines, plain, gzip or zstd) into indexed datasets.
 
-One dataset:      --input FILES_OR_DIRECTORIES --output PREFIX
 A whole corpus:   --input-root DIRECTORY --output-root DIRECTORY
-                  each subdirectory becomes the dataset OUTPUT_ROOT/SUBDIRECTORY, which a source finds by
+                  each subdirectory is a source; each of its files becomes a shard of the source,
+                  OUTPUT_ROOT/SUBDIRECTORY/FILE.bin, .idx and .json. A source finds its shards by
                   `"subset": "SUBDIRECTORY"` when data.cache_dir is OUTPUT_ROOT
+From a list:      --manifest FILE --output-root DIRECTORY
+                  a line per file: PATH, or SOURCE<tab>PATH
+One source:       --input FILES --output PREFIX
+                  files, directories, globs; one file becomes PREFIX.bin, .idx and .json, several become
+                  shards in the directory PREFIX
 
-Writes PREFIX.bin and PREFIX.idx (Megatron-Core's format) and PREFIX.json, a record of what they are.
-The files do not depend on the number of workers. Any bad record stops the run, with file and line, and
-nothing is published of that dataset.
+Anything may be an fsspec URL (s3://bucket/corpus). Writes Megatron-Core's format, and a record (.json) of
+what became of every line. What is finished stays: the same command again goes on where it was. The
+files depend on the input and the settings alone, not on workers, tasks or interruptions.
+
+In a job array (SLURM_ARRAY_TASK_ID, or --num-tasks and --task-id) each task does its share of the bytes.
+A bad line stops the run, with file and line; --tolerant puts bad lines aside instead.
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from megads.data.inputs import find_inputs
-from megads.data.indexed import refuse_existing
-from megads.data.preprocess import Encoder, Summary, preprocess
+from megads.data.inputs import (
+    InputShard,
+    find_shards,
+    find_sources,
+    load_source_table,
+    rename_sources,
+    shard_stem,
+    shards_of_manifest,
+)
+from megads.data.preprocess import Progress, Summary, preprocess, total_of
+from megads.data.recipe import Recipe
+from megads.data.selection import describe
+from megads.data.shards import Shard
+from megads.data.work_division import array_task, check_prefixes, divide
 from megads.errors import DataError, MegadsError
+from megads.log import setup_logging, terminal_console
+
+logger = logging.getLogger("megads.preprocess")
+
+DEFAULT_QUOTA = 0.001
+LINE_SECONDS = 30.0
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, nargs="+", help="files and directories of JSON lines")
-    parser.add_argument("--output", type=Path, help="prefix of the dataset")
-    parser.add_argument("--input-root", type=Path, help="directory with a subdirectory per source")
-    parser.add_argument("--output-root", type=Path, help="directory of the datasets")
-    parser.add_argument(
-        "--tokenizer", type=Path, required=True, help="sentencepiece .model or tokenizer.json"
-    )
-    parser.add_argument(
-        "--eod-token", help="name of the end-of-document token, where it is not found by itself"
-    )
-    parser.add_argument("--text-field", default="text", help="field of the text (default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="tokenizing processes (default: %(default)s)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace datasets that are there")
+    add = parser.add_argument_group("input and output").add_argument
+    add("--input", nargs="+", metavar="PATH", help="files, directories and globs of JSON lines")
+    add("--input-root", metavar="DIRECTORY", help="directory with a subdirectory per source")
+    add("--manifest", type=Path, metavar="FILE", help="list of files")
+    add("--output", type=Path, metavar="PREFIX", help="prefix, or directory, of one source")
+    add("--output-root", type=Path, metavar="DIRECTORY", help="directory of the sources")
+    add("--sources", type=Path, metavar="TABLE", help="names of directories to names of sources, as in "
+        "configs/data/dolma_sources.json")  # fmt: skip
+    add("--overwrite", action="store_true", help="replace datasets of other settings or another input")
+
+    add = parser.add_argument_group("documents").add_argument
+    add("--tokenizer", required=True, help="tokenizer.json, sentencepiece .model, or plugin module:Class")
+    add("--eod-token", help="name of the end-of-document token, where it is not found by itself")
+    add("--text-field", default="text", help="field of the text (default: %(default)s)")
+    add("--keep", action="append", default=[], type=_field_and_values, metavar="FIELD=VALUE[,VALUE]",
+        help="drop documents whose metadata says otherwise (metadata.language=en); may repeat")  # fmt: skip
+    add("--score-field", metavar="FIELD", help="number of each document to keep in PREFIX.scores.npy")
+    add("--removals", action="append", default=[], metavar="DIRECTORY",
+        help="what tools/clean_dolma.py takes out; may repeat")  # fmt: skip
+    add("--fim-rate", type=float, default=0.0, metavar="SHARE",
+        help="documents rearranged for fill-in-the-middle (DeepSeek-V3: 0.1; default: 0)")  # fmt: skip
+    add("--fim-spm-rate", type=float, default=0.0, metavar="SHARE",
+        help="of those, in suffix-prefix-middle order (default: 0, all prefix-suffix-middle)")  # fmt: skip
+    add("--fim-seed", type=int, default=0, metavar="N")
+    add("--split-punctuation-rate", type=float, default=0.0, metavar="SHARE",
+        help="tokens of punctuation and line breaks split in two (default: 0)")  # fmt: skip
+    add("--split-punctuation-seed", type=int, default=0, metavar="N")
+
+    add = parser.add_argument_group("bad input").add_argument
+    add("--tolerant", action="store_true",
+        help="put lines without a document, and damaged files, aside (PREFIX.quarantine.jsonl)")  # fmt: skip
+    add("--quarantine-quota", type=float, metavar="SHARE",
+        help=f"lines of a shard, and bytes of damaged files in all (default: {DEFAULT_QUOTA})")  # fmt: skip
+    add("--max-line-mb", type=float, default=32.0, metavar="MB",
+        help="longer lines hold no document; bounds memory (default: %(default)s)")  # fmt: skip
+
+    add = parser.add_argument_group("work").add_argument
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s)")
+    add("--num-tasks", type=int, metavar="N", help="tasks that share the work (default: of the job array)")
+    add("--task-id", type=int, metavar="K", help="this one, from 0 (default: of the job array)")
     options = parser.parse_args(arguments)
-    one, corpus = (options.input, options.output), (options.input_root, options.output_root)
-    if not ((all(one) and not any(corpus)) or (all(corpus) and not any(one))):
-        parser.error("give either --input and --output, or --input-root and --output-root")
-    if options.workers < 1:
-        parser.error("--workers must be at least 1")
+    _check_choices(parser, options)
     return options
 
 
-def list_jobs(options: argparse.Namespace) -> list[tuple[list[Path], Path]]:
-    """(inputs, prefix) of each dataset to make."""
-    if options.input:
-        return [(options.input, options.output)]
-    if not options.input_root.is_dir():
-        raise DataError(f"{options.input_root}: no such directory.")
-    sources = sorted(p for p in options.input_root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not sources:
-        raise DataError(f"{options.input_root}: no subdirectories; one per source is expected.")
-    return [([source], options.output_root / source.name) for source in sources]
+def _field_and_values(text: str) -> tuple[str, tuple[str, ...]]:
+    field, equals, values = text.partition("=")
+    if not (field and equals and values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE[,VALUE]")
+    return field, tuple(values.split(","))
 
 
-@contextmanager
-def progress_bar(total_bytes: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar over all input, on a terminal only; gives the function to call with name and bytes done."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total_bytes)
-        yield lambda name, done_bytes: progress.update(task, description=name, completed=done_bytes)
-
-
-def run(options: argparse.Namespace) -> None:
-    jobs = list_jobs(options)
-    if not options.overwrite:
-        for _, prefix in jobs:
-            refuse_existing(prefix)
-    sizes = [sum(file.stat().st_size for file in find_inputs(inputs)) for inputs, _ in jobs]
-    summaries = []
-    with (
-        Encoder(
-            options.tokenizer,
-            eod_token=options.eod_token,
-            text_field=options.text_field,
-            workers=options.workers,
-        ) as encoder,
-        progress_bar(sum(sizes)) as show,
+def _check_choices(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    inputs = [options.input, options.input_root, options.manifest]
+    if sum(given is not None for given in inputs) != 1:
+        parser.error("give one of --input, --input-root and --manifest")
+    if (options.output is not None) != (options.input is not None) or (
+        (options.output_root is None) != (options.output is not None)
     ):
-        before = 0
-        for (inputs, prefix), size in zip(jobs, sizes, strict=True):
-
-            def advance(done: int, name: str = prefix.name, before: int = before) -> None:
-                show(name, before + done)
-
-            summaries.append(
-                preprocess(inputs, prefix, encoder, overwrite=options.overwrite, on_progress=advance)
-            )
-            before += size
-    print_summary(summaries)
-
-
-def print_summary(summaries: list[Summary]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("dataset", overflow="fold")
-    for heading in (
-        "documents",
-        "empty",
-        "tokens",
-        "MB of text",
-        "bytes/token",
-        "tokens/document",
-        "seconds",
-        "MB/s",
-    ):
-        table.add_column(heading, justify="right")
-    for s in summaries:
-        megabytes = s.text_bytes / 1e6
-        table.add_row(
-            s.prefix.name,
-            f"{s.documents:,}",
-            f"{s.empty_documents:,}",
-            f"{s.tokens:,}",
-            f"{megabytes:,.2f}",
-            f"{s.text_bytes / s.tokens:.2f}",
-            f"{s.tokens / s.documents:,.0f}",
-            f"{s.seconds:.1f}",
-            f"{megabytes / s.seconds:.2f}",
-        )
-    # Off a terminal rich would fold the table to 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=130)
-    console.print(table)
-    for s in summaries:
-        console.print(f"{s.prefix}.bin, .idx, .json", highlight=False, soft_wrap=True)
+        parser.error("--input goes with --output, --input-root and --manifest with --output-root")
+    if options.workers < 1:
+        parser.error("--workers must be at least 1")
+    if options.quarantine_quota is not None and not options.tolerant:
+        parser.error("--quarantine-quota is for --tolerant")
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     # A scheduler's SIGTERM ends the run as an error would: temporary files and workers go too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    setup_logging(stream=sys.stderr)
     try:
         run(options)
     except MegadsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; nothing of the unfinished dataset was kept", file=sys.stderr)
+        print("interrupted; finished shards stay, the same command goes on with the rest", file=sys.stderr)
         return 130
     return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    num_tasks, task_id = array_task(options.num_tasks, options.task_id)
+    recipe = make_recipe(options)
+    shards = list_shards(options)
+    check_output(shards)
+    mine = divide(shards, num_tasks)[task_id]
+    if num_tasks > 1:
+        logger.info("Task %d of %d: %d of %d shards.", task_id, num_tasks, len(mine), len(shards))
+    begun = time.monotonic()
+    with progress_display() as show:
+        summaries = preprocess(
+            mine, recipe, workers=options.workers, overwrite=options.overwrite, on_progress=show
+        )
+    print_summary(summaries, time.monotonic() - begun)
+    if num_tasks == 1 and not any(summary.documents for summary in summaries.values()):
+        raise DataError(f"The input holds no document with text ({len(shards)} files).")
+
+
+def make_recipe(options: argparse.Namespace) -> Recipe:
+    quota = options.quarantine_quota
+    if options.tolerant and quota is None:
+        quota = DEFAULT_QUOTA
+    return Recipe(
+        tokenizer=options.tokenizer,
+        eod_token=options.eod_token,
+        text_field=options.text_field,
+        max_line_bytes=int(options.max_line_mb * 2**20),
+        keep=tuple(options.keep),
+        score_field=options.score_field,
+        removals=tuple(options.removals),
+        fim_rate=options.fim_rate,
+        fim_spm_rate=options.fim_spm_rate,
+        fim_seed=options.fim_seed,
+        split_punctuation_rate=options.split_punctuation_rate,
+        split_punctuation_seed=options.split_punctuation_seed,
+        quarantine_quota=quota,
+    )
+
+
+def list_shards(options: argparse.Namespace) -> list[Shard]:
+    """What becomes what, of the whole corpus."""
+    if options.input:
+        return _shards_of_one_source(find_shards(options.input), options.output)
+    found = shards_of_manifest(options.manifest) if options.manifest else find_sources(options.input_root)
+    if options.sources:
+        found = rename_sources(found, load_source_table(options.sources))
+    return [Shard(shard, options.output_root / shard.source / shard.stem) for shard in found]
+
+
+def _shards_of_one_source(found: list[InputShard], output: Path) -> list[Shard]:
+    one_source = [replace(shard, source=output.name) for shard in found]
+    if len(found) == 1:
+        return [Shard(one_source[0], output)]
+    several = len({shard.directory for shard in found}) > 1
+    names = [f"{shard.directory}/{shard.name}" if several else shard.name for shard in found]
+    return [Shard(shard, output / shard_stem(name)) for shard, name in zip(one_source, names, strict=True)]
+
+
+def check_output(shards: list[Shard]) -> None:
+    """Refuse or tell of other datasets that training would read instead of these, or beside them."""
+    check_prefixes(shards)
+    ours = {shard.prefix for shard in shards}
+    for directory in {prefix.parent for prefix in ours}:
+        hides, there = directory.with_name(directory.name + ".idx"), set(directory.glob("*.idx"))
+        if hides.exists() and len(shards) > 1:
+            raise DataError(
+                f"{hides}: this dataset would hide the shards in {directory}. Remove or rename it."
+            )
+        strangers = sorted(path.name for path in there if path.with_suffix("") not in ours)
+        if strangers and len(shards) > 1:
+            logger.warning(
+                "%s holds %d datasets that are not of this input; who trains on the directory reads them: %s",
+                directory,
+                len(strangers),
+                ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else ""),
+            )
+
+
+@contextmanager
+def progress_display() -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line now and then elsewhere; gives the function to call with progress."""
+    console = terminal_console()
+    if console is None:
+        yield _Lines().show
+        return
+    from rich import progress as rich
+
+    columns = (
+        rich.BarColumn(),
+        rich.TaskProgressColumn(),
+        rich.DownloadColumn(),
+        rich.TextColumn("{task.fields[rate]}"),
+        rich.TimeRemainingColumn(),
+    )
+    begun = time.monotonic()
+    with rich.Progress(*columns, console=console, transient=True) as display:
+        task = display.add_task("", total=None, rate="")
+
+        def show(progress: Progress) -> None:
+            rate = progress.text_bytes / 1e6 / max(time.monotonic() - begun, 1e-3)
+            display.update(
+                task,
+                total=progress.input_bytes,
+                completed=progress.input_bytes_done,
+                rate=f"{rate:.1f} MB/s of text" if progress.text_bytes else "",
+            )
+
+        yield show
+
+
+class _Lines:
+    """Progress for log files."""
+
+    def __init__(self) -> None:
+        self._begun = self._told = time.monotonic()
+        self._start_bytes: int | None = None
+
+    def show(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if self._start_bytes is None:
+            self._start_bytes = progress.input_bytes_done  # what was done before took no time
+        if now - self._told < LINE_SECONDS:
+            return
+        self._told = now
+        read_bytes = progress.input_bytes_done - self._start_bytes
+        left_bytes = progress.input_bytes - progress.input_bytes_done
+        minutes = left_bytes * (now - self._begun) / max(read_bytes, 1) / 60
+        logger.info(
+            "%.2f of %.2f GB of input, %.1f MB/s of text, about %.0f minutes left",
+            progress.input_bytes_done / 1e9,
+            progress.input_bytes / 1e9,
+            progress.text_bytes / 1e6 / (now - self._begun),
+            minutes,
+        )
+
+
+def print_summary(summaries: dict[str, Summary], seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = [summaries[name] for name in sorted(summaries)]
+    if len(rows) > 1:
+        rows.append(total_of("all", rows))
+    table = Table()
+    table.add_column("source", overflow="fold")
+    for heading in COLUMNS:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row.name == "all" and len(rows) > 1:
+            table.add_section()
+        table.add_row(row.name, *(column(row) for column in COLUMNS.values()))
+    # Off a terminal rich would fold the table to 80 columns.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+    total = total_of("all", summaries.values())
+    for what, reasons in (("quarantined", total.quarantined), ("dropped", total.dropped)):
+        if reasons:
+            console.print(f"{what}: {describe(reasons)}", highlight=False, soft_wrap=True)
+    made = total.shards - total.done_before
+    said = f"{made} shards made, {total.done_before} done before"
+    if made:
+        megabytes = total.converted_bytes / 1e6
+        said += (
+            f", {megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), at most "
+            f"{total.peak_memory_bytes / 1e6:,.0f} MB of memory per process"
+        )
+    console.print(said, highlight=False, soft_wrap=True)
+
+
+COLUMNS: dict[str, Callable[[Summary], str]] = {
+    "shards": lambda s: f"{s.shards:,}",
+    "damaged": lambda s: f"{s.damaged:,}",
+    "lines": lambda s: f"{s.documents_in:,}",
+    "quarantined": lambda s: f"{s.quarantined.total():,}",
+    "dropped": lambda s: f"{s.dropped.total():,}",
+    "documents": lambda s: f"{s.documents:,}",
+    "tokens": lambda s: f"{s.tokens:,}",
+    "MB of text": lambda s: f"{s.text_bytes / 1e6:,.2f}",
+    "bytes/token": lambda s: f"{s.text_bytes / s.tokens:.2f}" if s.tokens else "-",
+    "tokens/document": lambda s: f"{s.tokens / s.documents:,.0f}" if s.documents else "-",
+    "MB/s/core": lambda s: (
+        f"{s.converted_bytes / 1e6 / s.converting_seconds:.1f}" if s.converting_seconds else "-"
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
@@ -69,20 +70,32 @@ def read_line_batches(
     A line of more than `max_line_bytes` is passed over without being held; a batch without data tells
     of it in its `defects`, as soon as the line is known to be too long. Memory is bounded by the two
     sizes. Raises DamagedInputError, with file and line, when the file cannot be opened, is truncated
-    or damaged.
+    or damaged. A file that is handed over open stays open.
     """
     path = source.path if isinstance(source, InputFile) else os.fspath(source)
     line = 1
     try:
-        with source if isinstance(source, InputFile) else InputFile(source) as file:
+        with nullcontext(source) if isinstance(source, InputFile) else InputFile(source) as file:
             for first_line, data, defects in _whole_lines(decompressed(file, batch_bytes), max_line_bytes):
                 yield LineBatch(path, first_line, data, file.bytes_read, defects)
                 line = first_line + data.count(b"\n")
     except READ_ERRORS as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise DamagedInputError(
-            f"{path}, line {line}: the file cannot be read any further: {what}. Fetch or make it again."
-        ) from error
+        raise _damaged(path, line, error) from error
+
+
+def open_input(path: str | os.PathLike[str]) -> InputFile:
+    """Open a file for `read_line_batches`; raises DamagedInputError when that cannot be."""
+    try:
+        return InputFile(path)
+    except OSError as error:
+        raise _damaged(os.fspath(path), 1, error) from error
+
+
+def _damaged(path: str, line: int, error: Exception) -> DamagedInputError:
+    what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return DamagedInputError(
+        f"{path}, line {line}: the file cannot be read any further: {what}. Fetch or make it again."
+    )
 
 
 Lines = tuple[int, bytes, tuple[Defect, ...]]

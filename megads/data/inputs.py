@@ -25,8 +25,8 @@ class InputShard:
     """One input file. `bytes` as stored, compressed; 0 for a pipe.
 
     `name` is relative to the directory called `directory`; `source` is that directory too, or what a
-    table of sources or a manifest makes of it. `version` changes when the file is written again; it is
-    empty where nobody knows.
+    table of sources makes of it. Cleaning knows a shard as `directory` and `name`. `version` changes
+    when the file is written again; it is empty where nobody knows.
     """
 
     path: str
@@ -35,6 +35,11 @@ class InputShard:
     name: str
     bytes: int
     version: str
+
+    @property
+    def location(self) -> str:
+        """The URL or absolute path."""
+        return self.path if is_url(self.path) else os.path.abspath(self.path)
 
     @property
     def stem(self) -> str:
@@ -95,8 +100,9 @@ def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
     """The input files that a text file lists: `PATH`, or `SOURCE<tab>PATH`, a line.
 
     Paths may be URLs; relative ones start at the manifest's directory. Without SOURCE it is the name
-    of the directory that the file lies in. Lines that are blank or begin with # say nothing. Raises
-    DataError with the line for a file that is not there, and for one that is listed twice.
+    of the directory that the file lies in; with it that name becomes part of the shard's. Lines that
+    are blank or begin with # say nothing. Raises DataError with the line for a file that is not there,
+    and for one that is listed twice.
     """
     path = Path(path)
     try:
@@ -117,7 +123,9 @@ def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
             shard = _file(location if is_url(location) else str(path.parent / location))
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
-        return replace(shard, source=source) if source else shard
+        if not source:
+            return shard
+        return replace(shard, source=source, directory=source, name=f"{shard.directory}/{shard.name}")
 
     with ThreadPoolExecutor(STAT_THREADS) as threads:  # a store answers each question in its own time
         return _each_once(list(threads.map(find, entries)))
@@ -149,10 +157,9 @@ def rename_sources(shards: Iterable[InputShard], table: Mapping[str, str]) -> li
 def _each_once(shards: list[InputShard]) -> list[InputShard]:
     seen: set[str] = set()
     for shard in shards:
-        place = shard.path if is_url(shard.path) else os.path.abspath(shard.path)
-        if place in seen:
+        if shard.location in seen:
             raise DataError(f"{shard.path}: given twice; its documents would be in the dataset twice.")
-        seen.add(place)
+        seen.add(shard.location)
     return shards
 
 

@@ -1,220 +1,168 @@
-"""Documents to an indexed dataset, on as many processes as wanted, with one and the same result.
+"""A run of preprocessing: many shards, of which some are done, on some workers, within a quota.
 
-This process reads and writes; the pool parses, checks and tokenizes. What is in flight is bounded, so
-memory does not grow with the corpus, and results are written in the order of the input, so the files
-do not depend on the number of processes. A document becomes its tokens and an end-of-document token;
-documents without text are counted and left out.
+Which shard is converted by whom, in what order, and in how many runs, changes nothing in the output.
 """
 
-import os
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from megads import __version__
-from megads.data.documents import LineBatch, parse_texts, read_line_batches
-from megads.data.indexed import MAX_DOCUMENT_TOKENS, IndexedWriter, token_type
-from megads.data.inputs import find_inputs
-from megads.data.manifest import RECORD_FORMAT
-from megads.data.tokenizer import Tokenizer, load_tokenizer
-from megads.data.workers import start_helper_process
+from megads.data.finished import find_finished
+from megads.data.recipe import Recipe
+from megads.data.selection import describe
+from megads.data.shard_workers import Converted, convert_shards
+from megads.data.shards import Shard
+from megads.data.tokenizer import tokenizer_sha256
+from megads.data.work_division import check_prefixes
 from megads.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedBatch:
-    """Documents of a batch, end-of-document tokens included: all tokens, and each one's length."""
+class Progress:
+    """How far a run is: bytes of all its input, of that read or done before, of text tokenized now."""
 
-    tokens: NDArray[np.generic]
-    lengths: NDArray[np.int32]
-    empty_documents: int
+    input_bytes: int
+    input_bytes_done: int
     text_bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Summary:
-    """What one dataset was made of, and how fast."""
+    """What became of a number of shards; counts cover those that were done before."""
 
-    prefix: Path
-    documents: int
-    empty_documents: int
-    tokens: int
-    text_bytes: int
-    seconds: float
+    name: str
+    shards: int = 0
+    done_before: int = 0
+    damaged: int = 0
+    documents_in: int = 0
+    documents: int = 0
+    quarantined: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    text_bytes: int = 0
+    converted_bytes: int = 0
+    """Of text, in this run."""
+    converting_seconds: float = 0.0
+    """Of all processes together."""
+    peak_memory_bytes: int = 0
 
-
-class Encoder:
-    """Tokenizes batches of lines in order, in `workers` processes (1: in this one).
-
-    The processes start at the first batch and serve until the end of the `with` block, which several
-    datasets may share. An error of a process, even its death, is raised here as a DataError.
-    """
-
-    def __init__(
-        self,
-        tokenizer_path: str | os.PathLike[str],
-        *,
-        eod_token: str | None = None,
-        text_field: str = "text",
-        workers: int = 1,
-    ) -> None:
-        self.tokenizer = load_tokenizer(Path(tokenizer_path), eod_token=eod_token)
-        self.text_field = text_field
-        self.workers = workers
-        self._pool: ProcessPoolExecutor | None = None
-        if workers > 1:
-            # spawn: the caller may draw a progress bar from a thread, which a fork would copy mid-way.
-            self._pool = ProcessPoolExecutor(
-                workers,
-                mp_context=get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(os.fspath(tokenizer_path), eod_token, text_field),
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def encode(self, batches: Iterator[LineBatch]) -> Iterator[tuple[LineBatch, EncodedBatch]]:
-        """Encode batches, in order; at most two per process are read ahead."""
-        if self._pool is None:
-            for batch in batches:
-                yield batch, encode_batch(batch, self.tokenizer, self.text_field)
+    def add(self, record: dict[str, Any], converted: Converted | None = None) -> None:
+        self.shards += 1
+        self.damaged += record["damaged"] is not None
+        for name in ("documents_in", "documents", "tokens", "text_bytes"):
+            setattr(self, name, getattr(self, name) + record[name])
+        self.quarantined.update(record["quarantined"])
+        self.dropped.update(record["dropped"])
+        if converted is None:
+            self.done_before += 1
             return
-        pending: deque[tuple[LineBatch, Future[EncodedBatch]]] = deque()
-        try:
-            for batch in batches:
-                pending.append((batch, self._pool.submit(_encode_in_worker, batch)))
-                if len(pending) > 2 * self.workers:
-                    yield _next_result(pending)
-            while pending:
-                yield _next_result(pending)
-        except BrokenProcessPool as error:
-            where = (
-                f"{pending[0][0].path}, after line {pending[0][0].first_line}" if pending else "at the start"
-            )
-            raise DataError(
-                f"{where}: a tokenizing process was killed, perhaps for want of memory. Try fewer workers."
-            ) from error
-
-
-def encode_batch(batch: LineBatch, tokenizer: Tokenizer, text_field: str) -> EncodedBatch:
-    """Parse and tokenize one batch; raises DataError with file and line for a bad record."""
-    texts = parse_texts(batch, text_field)
-    wanted = [text for text in texts if text]
-    dtype = token_type(tokenizer.vocab_size)
-    documents = [np.array([*ids, tokenizer.eod_id], dtype=dtype) for ids in tokenizer.encode_batch(wanted)]
-    if any(document.size > MAX_DOCUMENT_TOKENS for document in documents):
-        raise DataError(
-            f"{batch.path}, after line {batch.first_line}: a document exceeds {MAX_DOCUMENT_TOKENS:,} tokens."
-        )
-    return EncodedBatch(
-        tokens=np.concatenate(documents) if documents else np.empty(0, dtype),
-        lengths=np.array([document.size for document in documents], dtype=np.int32),
-        empty_documents=len(texts) - len(wanted),
-        text_bytes=sum(len(text.encode()) for text in wanted),
-    )
+        self.converted_bytes += record["text_bytes"]
+        self.converting_seconds += converted.seconds
+        self.peak_memory_bytes = max(self.peak_memory_bytes, converted.peak_memory_bytes)
 
 
 def preprocess(
-    inputs: Sequence[str | os.PathLike[str]],
-    prefix: str | os.PathLike[str],
-    encoder: Encoder,
+    shards: Sequence[Shard],
+    recipe: Recipe,
     *,
+    workers: int = 1,
     overwrite: bool = False,
-    on_progress: Callable[[int], None] | None = None,
-) -> Summary:
-    """Make the dataset `prefix`.bin/.idx/.json from files and directories of JSON lines.
+    on_progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Summary]:
+    """Convert the shards that are not done yet, in the order given; returns a summary per source.
 
-    `on_progress` is called with the bytes of input read so far. On any error nothing is published and
-    nothing is left. Raises DataError for bad input, an existing dataset, or no document with text.
+    On any error the shards in work leave nothing, and those that are done stay for the next run.
+    Raises DataError for what `find_finished` and `convert_shard` refuse, and when the files that could
+    not be read hold a larger share of the bytes than the quota. (Of the lines, no shard may exceed it,
+    so neither do all together.)
     """
-    begun = time.monotonic()
-    files = find_inputs(inputs)
-    tokenizer = encoder.tokenizer
-    empty_documents = text_bytes = 0
-    with IndexedWriter(prefix, tokenizer.vocab_size, overwrite=overwrite) as writer:
-        for read_bytes, encoded in _encode_files(files, encoder):
-            writer.add(encoded.tokens, encoded.lengths)
-            empty_documents += encoded.empty_documents
-            text_bytes += encoded.text_bytes
-            if on_progress:
-                on_progress(read_bytes)
-        if writer.documents == 0:
+    check_prefixes(shards)
+    settings = recipe.settings(tokenizer_sha256(recipe.tokenizer))
+    run = _Run(shards, recipe, on_progress)
+    waiting = []
+    for shard in shards:
+        record = find_finished(shard, recipe, settings, overwrite=overwrite)
+        if record is None:
+            waiting.append(shard)
+        else:
+            run.was_done(shard, record)
+    run.tell()
+    convert_shards(waiting, recipe, workers, run.advance, run.converted)
+    return run.summaries()
+
+
+class _Run:
+    """The books of a run."""
+
+    def __init__(
+        self, shards: Sequence[Shard], recipe: Recipe, on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        self._recipe = recipe
+        self._on_progress = on_progress
+        self._input_bytes = sum(shard.input.bytes for shard in shards)
+        self._done_bytes = self._text_bytes = self._damaged_bytes = 0
+        self._in_work: dict[Shard, tuple[int, int]] = {}
+        self._sources = {shard.input.source: Summary(shard.input.source) for shard in shards}
+
+    def was_done(self, shard: Shard, record: dict[str, Any]) -> None:
+        self._count(shard, record, None)
+
+    def advance(self, shard: Shard, input_bytes: int, text_bytes: int) -> None:
+        self._in_work[shard] = (input_bytes, text_bytes)
+        self.tell()
+
+    def converted(self, done: Converted) -> None:
+        self._in_work.pop(done.shard, None)
+        self._text_bytes += done.record["text_bytes"]
+        self._count(done.shard, done.record, done)
+        self.tell()
+
+    def _count(self, shard: Shard, record: dict[str, Any], converted: Converted | None) -> None:
+        self._done_bytes += shard.input.bytes
+        self._sources[shard.input.source].add(record, converted)
+        if record["damaged"] is None:
+            return
+        logger.warning("Nothing was taken of a damaged file: %s", record["damaged"])
+        self._damaged_bytes += shard.input.bytes
+        quota = self._recipe.quarantine_quota
+        if quota is not None and self._damaged_bytes > quota * self._input_bytes:
             raise DataError(
-                f"{prefix}: the input holds no document with text ({len(files)} files, {empty_documents} "
-                "empty documents)."
+                f"{self._damaged_bytes:,} of {self._input_bytes:,} bytes of input are in files that cannot "
+                f"be read to their end, more than the quota of {quota:g}. The last one: {record['damaged']} "
+                "Mend them, or raise --quarantine-quota."
             )
-        writer.finish(
-            {
-                "format": RECORD_FORMAT,
-                "megads_version": __version__,
-                "tokenizer": {
-                    "kind": tokenizer.kind,
-                    "file": tokenizer.path.name,
-                    "sha256": tokenizer.sha256,
-                },
-                "vocab_size": tokenizer.vocab_size,
-                "eod_id": tokenizer.eod_id,
-                "documents": writer.documents,
-                "empty_documents": empty_documents,
-                "tokens": writer.tokens,
-                "text_bytes": text_bytes,
-                "inputs": [{"file": os.fspath(file), "bytes": file.stat().st_size} for file in files],
-            }
-        )
-        return Summary(
-            Path(prefix),
-            writer.documents,
-            empty_documents,
-            writer.tokens,
-            text_bytes,
-            time.monotonic() - begun,
-        )
+
+    def tell(self) -> None:
+        if self._on_progress:
+            reading, tokenizing = (sum(part) for part in zip(*self._in_work.values(), (0, 0), strict=True))
+            self._on_progress(
+                Progress(self._input_bytes, self._done_bytes + reading, self._text_bytes + tokenizing)
+            )
+
+    def summaries(self) -> dict[str, Summary]:
+        for name, summary in self._sources.items():
+            if summary.documents == 0:
+                logger.warning(
+                    "Source %s has no document: of %d lines, quarantined: %s; dropped: %s.",
+                    name,
+                    summary.documents_in,
+                    describe(summary.quarantined) or "none",
+                    describe(summary.dropped) or "none",
+                )
+        return self._sources
 
 
-def _encode_files(files: Sequence[Path], encoder: Encoder) -> Iterator[tuple[int, EncodedBatch]]:
-    """Encoded batches of all files, each with the bytes of input read up to it."""
-    before = dict(
-        zip(map(os.fspath, files), np.cumsum([0, *(f.stat().st_size for f in files)]).tolist(), strict=False)
-    )
-    batches = (batch for file in files for batch in read_line_batches(file))
-    for batch, encoded in encoder.encode(batches):
-        yield before[batch.path] + batch.input_bytes_read, encoded
-
-
-def _next_result(pending: deque[tuple[LineBatch, "Future[EncodedBatch]"]]) -> tuple[LineBatch, EncodedBatch]:
-    result = pending[0][1].result()
-    return pending.popleft()[0], result
-
-
-_worker_encode: Callable[[LineBatch], EncodedBatch] | None = None
-
-
-def _start_worker(tokenizer_path: str, eod_token: str | None, text_field: str) -> None:
-    global _worker_encode
-    start_helper_process()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process; read at the first encoding
-    tokenizer = load_tokenizer(Path(tokenizer_path), eod_token=eod_token)
-    _worker_encode = partial(encode_batch, tokenizer=tokenizer, text_field=text_field)
-
-
-def _encode_in_worker(batch: LineBatch) -> EncodedBatch:
-    assert _worker_encode is not None
-    return _worker_encode(batch)
+def total_of(name: str, summaries: Iterable[Summary]) -> Summary:
+    """The sum of summaries, under a name of its own."""
+    total = Summary(name)
+    for part in summaries:
+        for count in vars(part):
+            if count == "peak_memory_bytes":
+                total.peak_memory_bytes = max(total.peak_memory_bytes, part.peak_memory_bytes)
+            elif count != "name":
+                setattr(total, count, getattr(total, count) + getattr(part, count))
+    return total

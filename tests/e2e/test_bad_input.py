@@ -82,7 +82,7 @@ def test_missing_dataset(config: Path, tmp_path: Path) -> None:
 def test_empty_dataset(config: Path, tmp_path: Path, data: Path) -> None:
     """What a pair of files without a document looks like: a header and one boundary."""
     prefix = tmp_path / "empty"
-    header = (data / "code.idx").read_bytes()[:18]
+    header = next((data / "code").glob("*.idx")).read_bytes()[:18]
     prefix.with_suffix(".idx").write_bytes(
         header + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + bytes(8)
     )
@@ -93,7 +93,7 @@ def test_empty_dataset(config: Path, tmp_path: Path, data: Path) -> None:
 
 def test_truncated_dataset(config: Path, tmp_path: Path, data: Path) -> None:
     for suffix in (".bin", ".idx", ".json"):
-        shutil.copy(data / f"code{suffix}", tmp_path)
+        shutil.copy(next((data / "code").glob(f"*{suffix}")), tmp_path / f"code{suffix}")
     whole = (tmp_path / "code.bin").stat().st_size
     with (tmp_path / "code.bin").open("r+b") as file:
         file.truncate(whole // 2)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from megads.data.indexed import data_files
 from megads.data.manifest import check_dataset
 from megads.data.tokenizer import load_tokenizer
 
@@ -96,25 +95,47 @@ def test_the_corpus_is_the_same_each_time(corpus: Path, tmp_path: Path) -> None:
     assert "--overwrite" in said
 
 
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
 def test_a_whole_corpus_becomes_datasets_with_one_command(
     corpus: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     arguments = ("--input-root", corpus, "--tokenizer", tokenizer)
     said = run("preprocess_dolma", *arguments, "--output-root", tmp_path / "one", "--workers", 1)
     run("preprocess_dolma", *arguments, "--output-root", tmp_path / "two", "--workers", 2)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
     loaded = load_tokenizer(tokenizer)
     for source in FIVE:
-        info = check_dataset(tmp_path / "one" / source, loaded.vocab_size, loaded.sha256, full=True)
-        assert info.eod_id == loaded.eod_id
-        assert f"{info.tokens:,}" in said
-        assert f"{info.documents:,}" in said
-        for one, two in zip(
-            data_files(tmp_path / "one" / source), data_files(tmp_path / "two" / source), strict=True
-        ):
-            assert one.read_bytes() == two.read_bytes()
-    code, said = failure("preprocess_dolma", *arguments, "--output-root", tmp_path / "one")
+        infos = [
+            check_dataset(index.with_suffix(""), loaded.vocab_size, loaded.sha256, full=True)
+            for index in (tmp_path / "one" / source).glob("*.idx")
+        ]
+        assert {info.eod_id for info in infos} == {loaded.eod_id}
+        assert f"{sum(info.tokens for info in infos):,}" in said
+        assert f"{sum(info.documents for info in infos):,}" in said
+    again = run("preprocess_dolma", *arguments, "--output-root", tmp_path / "one")
+    assert f"0 shards made, {len(list(corpus.rglob('*.gz')))} done before" in again
+    code, said = failure(
+        "preprocess_dolma", *arguments, "--output-root", tmp_path / "one", "--text-field", "id"
+    )
     assert code == 3
-    assert "exist already" in said
+    assert "made with other settings (text_field: 'text', now 'id')" in said
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_job_array_makes_what_one_job_makes(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "files.txt"
+    listed.write_text("".join(f"{path}\n" for path in sorted(corpus.rglob("*.gz"))))
+    common = ("--tokenizer", tokenizer, "--workers", 1)
+    run("preprocess_dolma", "--input-root", corpus, "--output-root", tmp_path / "one", *common)
+    for task in range(2):
+        run(
+            "preprocess_dolma", "--manifest", listed, "--output-root", tmp_path / "two", *common,
+            "--num-tasks", 2, "--task-id", task,
+        )  # fmt: skip
+        assert (files(tmp_path / "one") == files(tmp_path / "two")) == (task == 1)
 
 
 def test_one_dataset_and_what_can_go_wrong(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -137,33 +158,81 @@ def test_one_dataset_and_what_can_go_wrong(corpus: Path, tokenizer: Path, tmp_pa
             "neither a sentencepiece",
         ),
         (("--input", source, *common, "--text-field", "body"), "line 1: no field 'body'"),
+        (("--input", source, *common, "--fim-rate", 2), "fim_rate is 2.0"),
     ):
         code, said = failure("preprocess_dolma", *arguments, "--workers", 2)
-        assert code == 3
+        assert code == (2 if "--fim-rate" in arguments else 3)
         assert expected in said
         assert len(said.splitlines()) <= 3
         assert not list(tmp_path.glob("bad/*")), "a partial result was left"
     assert failure("preprocess_dolma", *common)[0] == 2
+    assert failure("preprocess_dolma", "--input", source, *common, "--quarantine-quota", 0.1)[0] == 2
 
 
-def test_sigterm_leaves_nothing(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_several_files_become_a_directory_of_shards(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    mixed = ("--input", corpus / "licenses", corpus / "docs", "--output", tmp_path / "mixed")
+    said = run("preprocess_dolma", *mixed, "--tokenizer", tokenizer)
+    shards = {path.name for path in (tmp_path / "mixed").glob("*.idx")}
+    assert shards == {
+        f"{path.parent.name}__{path.name.split('.')[0]}.idx"
+        for source in ("licenses", "docs")
+        for path in (corpus / source).glob("*.gz")
+    }
+    assert "mixed" in said
+    for ending in ("idx", "bin"):
+        (tmp_path / f"mixed.{ending}").touch()
+    code, said = failure("preprocess_dolma", *mixed, "--tokenizer", tokenizer)
+    assert code == 3
+    assert "would hide the shards" in said
+
+
+def test_tolerant_runs_put_bad_lines_and_files_aside(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in" / "web"
+    source.mkdir(parents=True)
+    good = sorted((corpus / "licenses").glob("*.gz"))[0]
+    (source / "good.json.gz").write_bytes(good.read_bytes())
+    (source / "bad.json").write_bytes(gzip.decompress(good.read_bytes()) + b"not json\n")
+    (source / "cut.json.gz").write_bytes(good.read_bytes()[:2000])
+    arguments = ("--input-root", tmp_path / "in", "--output-root", tmp_path / "out", "--tokenizer", tokenizer)
+    assert failure("preprocess_dolma", *arguments)[0] == 3
+    code, said = failure("preprocess_dolma", *arguments, "--tolerant")
+    assert code == 3
+    assert "more than the quota of 0.001" in said
+    said = run("preprocess_dolma", *arguments, "--tolerant", "--quarantine-quota", 0.5)
+    assert "quarantined: bad_json 1" in said
+    assert {path.name for path in (tmp_path / "out" / "web").iterdir()} == {
+        "good.bin", "good.idx", "good.json", "bad.bin", "bad.idx", "bad.json", "bad.quarantine.jsonl",
+        "cut.json", "cut.quarantine.jsonl",
+    }  # fmt: skip
+    # What a tolerant run accepted, a strict one does not.
+    code, said = failure("preprocess_dolma", *arguments)
+    assert code == 3
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stop_leaves_nothing(tokenizer: Path, tmp_path: Path, workers: int, stop: signal.Signals) -> None:
     """Stopped in the middle: no file of the dataset, no process."""
-    fifo = tmp_path / "endless.jsonl"
-    os.mkfifo(fifo)
+    pipes = [tmp_path / f"{i}.jsonl" for i in range(2)]
+    for path in pipes:
+        os.mkfifo(path)
     process = start(
-        "preprocess_dolma", "--input", fifo, "--output", tmp_path / "out" / "d", "--tokenizer", tokenizer,
-        "--workers", 2, start_new_session=True,
+        "preprocess_dolma", "--input", *pipes, "--output", tmp_path / "out" / "d", "--tokenizer", tokenizer,
+        "--workers", workers, start_new_session=True,
     )  # fmt: skip
-    with open(fifo, "wb", buffering=0) as pipe:
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(open(path, "wb", buffering=0)) for path in pipes[:workers]]
         for _ in range(100):
-            pipe.write(b'{"text": "' + b"some text " * 3000 + b'"}\n')
-        assert list((tmp_path / "out").glob(".d.bin*"))
-        process.send_signal(signal.SIGTERM)
+            for writer in writers:
+                writer.write(b'{"text": "' + b"some text " * 3000 + b'"}\n')
+        assert len(list((tmp_path / "out" / "d").glob(".*.bin*"))) == workers
+        process.send_signal(stop)
         with contextlib.suppress(BrokenPipeError):
             while process.poll() is None:
-                pipe.write(b'{"text": "more"}\n' * 100)
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert not list((tmp_path / "out").iterdir())
+                for writer in writers:
+                    writer.write(b'{"text": "more"}\n' * 100)
+        assert process.wait(timeout=30) == 128 + stop
+    assert not list((tmp_path / "out" / "d").iterdir())
     deadline = time.monotonic() + 5.0
     while session_lives(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)

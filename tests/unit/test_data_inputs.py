@@ -99,7 +99,7 @@ def test_a_manifest(corpus: Path) -> None:
     shards = shards_of_manifest(manifest)
     assert [(shard.source, shard.name) for shard in shards] == [
         ("books", "a.json"),
-        ("other", "2.json.gz"),
+        ("other", "b/2.json.gz"),
         ("web", "1.jsonl"),
     ]
     manifest.write_text("books/a.json\nbooks/b.json\n")
