@@ -378,6 +378,14 @@ class Training(Section):
     gradient_checkpointing: Literal[False, True, "full", "selective"] = setting(
         False, "recompute activations: full (each layer), selective (MLA up-projections and norms)"
     )
+    average_decay: float | None = setting(
+        None,
+        "decay of a moving average (EMA) of the weights in host memory, saved and evaluated; null: none",
+        source=f"{V3}, section 3.2.2",
+        gt=0,
+        lt=1,
+    )
+    average_interval: int = setting(1, "steps between updates of the average", unit="steps", gt=0)
     log_interval: int = setting(10, "steps between log lines", unit="steps", flags=("--log-interval",), gt=0)
     eval_interval: int = setting(
         1000, "steps between evaluations; 0: never", unit="steps", flags=("--eval-interval",), ge=0

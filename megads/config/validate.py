@@ -76,6 +76,8 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["training.tokens_per_parameter_ratio"], "total_training_tokens comes first"
     elif training.train_steps is not None:
         yield ["training.tokens_per_parameter_ratio"], "train_steps comes first"
+    if training.average_decay is None:
+        yield ["training.average_interval"], "average_decay is null: there is no average"
     if not moe.use_aux_loss_free:
         yield (
             [f"model.moe.bias_update_{name}" for name in ("rate", "rate_phases", "centered")],

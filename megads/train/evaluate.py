@@ -26,11 +26,11 @@ class Validation:
         self._valid = datasets.valid
         self._by_source = datasets.valid_by_source
 
-    def run(self) -> tuple[float, dict[str, float]]:
+    def run(self, *, by_source: bool = True) -> tuple[float, dict[str, float]]:
         """(loss, loss by source), next-token cross-entropy in nats per token; there must be a split."""
         assert self._valid is not None
-        by_source = {name: self._evaluate(samples) for name, samples in self._by_source.items()}
-        return self._evaluate(self._valid), by_source
+        sources = self._by_source if by_source else {}
+        return self._evaluate(self._valid), {name: self._evaluate(s) for name, s in sources.items()}
 
     def _evaluate(self, samples: PackedSamples) -> float:
         training, resolved = self._config.training, self._step.resolved

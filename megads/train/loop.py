@@ -26,6 +26,7 @@ from megads.data.blend import build_datasets
 from megads.data.loader import Loader, build_loader
 from megads.data.sources import sample_counts
 from megads.errors import TrainingError
+from megads.train.average import ParameterAverage
 from megads.train.console import ConsoleSink
 from megads.train.curve import draw_curve
 from megads.train.evaluate import Validation
@@ -88,7 +89,10 @@ class Run:
             logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)
         self.step = TrainingStep(config, resolved)
-        self.state = restore(resolved, store, found, self.step, self.datasets)
+        self.average: ParameterAverage | None = None
+        if (decay := config.training.average_decay) is not None:
+            self.average = ParameterAverage(self.step, decay, config.training.average_interval)
+        self.state = restore(resolved, store, found, self.step, self.datasets, self.average)
         self.schedules = Schedules(config, resolved)
         self.validation = Validation(config, self.datasets, self.step)
         self.progress = _Progress(saved_step=self.state.step if found else -1)
@@ -203,6 +207,8 @@ class Run:
             seconds=seconds,
             skipped=not result.applied,
         )
+        if self.average is not None and result.applied:
+            self.average.update(self.state.step)
         self._count_skipped(result)
         self._measure(result)
         if self.state.step % self.config.training.log_interval == 0:
@@ -282,9 +288,17 @@ class Run:
         if self.datasets.valid is None:
             return
         loss, by_source = self.validation.run()
+        average_loss = None
+        if self.average is not None:
+            with self.average.in_place_of_weights():
+                average_loss, _ = self.validation.run(by_source=False)
         is_best = self.state.record_validation(loss)
         self.progress.validation_loss, self.progress.validated_step = loss, self.state.step
-        self._write(validation_record(self.state, loss, loss_by_source=by_source, is_best=is_best))
+        self._write(
+            validation_record(
+                self.state, loss, loss_by_source=by_source, average_loss=average_loss, is_best=is_best
+            )
+        )
 
     def _save(self) -> None:
         checkpointing = self.config.checkpointing
@@ -293,7 +307,9 @@ class Run:
         if self.progress.validated_step == self.state.step and self.progress.validation_loss is not None:
             metrics["validation_loss"] = self.progress.validation_loss
         record = checkpoint_record(self.config, self.resolved, self.state, self.datasets)
-        state = sharded_state(self.step, optimizer=checkpointing.save_optimizer, generators=True)
+        state = sharded_state(
+            self.step, optimizer=checkpointing.save_optimizer, generators=True, average=self.average
+        )
         self.store.save(self.state.step, state, record, metrics)
         self.progress.saved_step = self.state.step
 
@@ -335,11 +351,3 @@ def layout_text(resolved: Resolved) -> str:
     }
     named = [f"{name}{size}" for name, size in sizes.items() if size > 1]
     return " ".join(named) if named else "one process"
-
-
-def _build_datasets(config: Config, resolved: Resolved) -> Datasets:
-    valid, valid_per_source = validation_samples(config)
-    samples = resolved.batch.tokens_after(resolved.train_steps) // config.training.seq_length
-    return build_datasets(
-        config, resolved, SampleCounts(train=samples, valid=valid, valid_per_source=valid_per_source)
-    )

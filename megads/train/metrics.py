@@ -257,15 +257,22 @@ def train_record(
 
 
 def validation_record(
-    state: TrainState, loss: float, *, loss_by_source: Mapping[str, float], is_best: bool
+    state: TrainState,
+    loss: float,
+    *,
+    loss_by_source: Mapping[str, float],
+    is_best: bool,
+    average_loss: float | None = None,
 ) -> Record:
-    """The record of an evaluation; losses are in nats per token."""
+    """The record of an evaluation; losses are in nats per token, `average_loss` the averaged weights'."""
+    of_average = {} if average_loss is None else {"average_loss": average_loss}
     return {
         "kind": "validation",
         "step": state.step,
         "tokens": state.tokens,
         "loss": loss,
         "perplexity": perplexity(loss),
+        **of_average,
         "is_best": is_best,
         **{f"loss/{name}": value for name, value in loss_by_source.items()},
     }

@@ -13,6 +13,7 @@ from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.data.blend import Datasets
 from megads.errors import CheckpointError
+from megads.train.average import ParameterAverage
 from megads.train.snapshot import layout_of, restore_state, sharded_state
 from megads.train.state import TrainState
 from megads.train.step import TrainingStep
@@ -30,6 +31,7 @@ def checkpoint_record(
         "tokens": state.tokens,
         "state": state.to_dict() if checkpointing.save_scheduler else None,
         "has_optimizer": checkpointing.save_optimizer,
+        "has_average": config.training.average_decay is not None,
         "layout": layout_of(resolved),
         "tokenizer_sha256": datasets.tokenizer_sha256,
         "data_fingerprint": datasets.fingerprint(state.samples),
@@ -57,18 +59,25 @@ def restore(
     found: commit.CheckpointInfo | None,
     step: TrainingStep,
     datasets: Datasets,
+    average: ParameterAverage | None,
 ) -> TrainState:
-    """Fill the model, the optimizer and the generators from a checkpoint; the state it was saved in."""
+    """Fill model, optimizer, generators and average from a checkpoint; the state it was saved in."""
     if found is None:
         return TrainState()
     record = commit.read_record(found.path)
     optimizer, generators = bool(record["has_optimizer"]), record["layout"] == layout_of(resolved)
+    saved_average = average if record.get("has_average") else None
     loaded = store.load(
-        found.path, sharded_state(step, optimizer=optimizer, generators=generators, loading=True)
+        found.path,
+        sharded_state(step, optimizer=optimizer, generators=generators, average=saved_average, loading=True),
     )
     if loaded is None:
         raise CheckpointError(f"{found.path} disappeared while it was being loaded")
-    restore_state(step, loaded[0], optimizer=optimizer, generators=generators)
+    restore_state(step, loaded[0], optimizer=optimizer, generators=generators, average=saved_average)
+    if average is not None and saved_average is None:
+        average.start_from_weights()
+        if dist.get_rank() == 0:
+            logger.warning("the checkpoint holds no average of the weights: it starts from these weights")
     state = TrainState.from_dict(record["state"]) if record["state"] is not None else TrainState()
     if dist.get_rank() == 0:
         _tell_differences(record, datasets, optimizer, state)

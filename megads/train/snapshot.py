@@ -1,4 +1,4 @@
-"""The tensors of a run as a sharded state dictionary: weights, balancing biases, optimizer, generators.
+"""The tensors of a run as a sharded state dictionary: weights, biases, optimizer, generators, average.
 
 Everything is named and placed independently of the layout (Megatron-Core's `torch_dist`), so a checkpoint
 of one layout loads into another. Generator states belong to a rank of one layout: they are restored
@@ -11,6 +11,7 @@ from megads.config.resolve import Resolved
 from megads.mcore.generators import restore_generators, sharded_generators
 from megads.model.build import unwrap
 from megads.optim.build import allocate_optimizer_state, separate_step_counters
+from megads.train.average import ParameterAverage
 from megads.train.step import TrainingStep
 
 
@@ -24,11 +25,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def sharded_state(
-    step: TrainingStep, *, optimizer: bool, generators: bool, loading: bool = False
-) -> dict[str, Any]:
-    """What to save, or the places to load into (`loading`)."""
-    metadata = {
+def metadata_of(step: TrainingStep) -> dict[str, Any]:
+    """How Megatron-Core is to name and split tensors: the same in every layout."""
+    return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
@@ -36,6 +35,18 @@ def sharded_state(
         "non_homogeneous_layers": True,
         "dp_cp_group": step.groups.dp_cp,
     }
+
+
+def sharded_state(
+    step: TrainingStep,
+    *,
+    optimizer: bool,
+    generators: bool,
+    average: ParameterAverage | None = None,
+    loading: bool = False,
+) -> dict[str, Any]:
+    """What to save, or the places to load into (`loading`)."""
+    metadata = metadata_of(step)
     models = {
         f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(step.chunks)
@@ -46,10 +57,19 @@ def sharded_state(
         state["optimizer"] = step.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     if generators:
         state["generators"] = sharded_generators()
+    if average is not None:
+        state["average"] = average.sharded_state(metadata)
     return state
 
 
-def restore_state(step: TrainingStep, state: dict[str, Any], *, optimizer: bool, generators: bool) -> None:
+def restore_state(
+    step: TrainingStep,
+    state: dict[str, Any],
+    *,
+    optimizer: bool,
+    generators: bool,
+    average: ParameterAverage | None = None,
+) -> None:
     """Put loaded tensors in place."""
     for index, chunk in enumerate(step.chunks):
         unwrap(chunk).load_state_dict(state[f"model{index}"])
@@ -60,3 +80,5 @@ def restore_state(step: TrainingStep, state: dict[str, Any], *, optimizer: bool,
         step.optimizer.reload_model_params()
     if generators:
         restore_generators(state["generators"])
+    if average is not None:
+        average.restore(state["average"])
