@@ -1,16 +1,22 @@
-"""sentencepiece `.model` files: the library itself is the engine and the reference."""
+"""sentencepiece `.model` files: the library itself as reference, gigatoken for speed."""
 
+import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from megads.data.tokenizer import EOD_TOKENS, Tokenizer, no_eod_message
+from megads.data.indexed import token_type
+from megads.data.token_engines import SentencePieceEngine
+from megads.data.tokenizer import EOD_TOKENS, no_eod_message
+from megads.data.tokenizer_two_engines import TwoEngineTokenizer
 from megads.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SPACE_MARK = "▁"  # U+2581, what sentencepiece writes for a space
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(TwoEngineTokenizer):
     """A sentencepiece model (arXiv:1808.06226), BPE or unigram.
 
     sentencepiece writes a space as U+2581 and so cannot tell a U+2581 in the text from a space. Models
@@ -20,11 +26,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, path: Path, content: bytes, eod_token: str | None) -> None:
+    def __init__(self, path: Path, content: bytes, eod_token: str | None, *, fast: bool = True) -> None:
         import sentencepiece
 
-        super().__init__(path, content)
-        self.engine = f"sentencepiece {version('sentencepiece')}"
+        super().__init__(path, content, f"sentencepiece {version('sentencepiece')}")
         try:
             if not content:
                 raise RuntimeError("the file is empty")
@@ -38,6 +43,21 @@ class SentencePieceTokenizer(Tokenizer):
         mark_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         adds_no_space = self._model.encode("a", out_type=str) == ["a"]
         self._mark_ids = mark_ids if adds_no_space and all(map(self._model.is_byte, mark_ids)) else None
+        if fast:
+            self._make_fast(content)
+
+    def _make_fast(self, content: bytes) -> None:
+        """Use gigatoken, if it knows this kind of model."""
+        model, ids = self._model, range(self.vocab_size)
+        kinds = (model.is_control, model.is_unknown, model.is_unused, model.is_byte)
+        control = [model.id_to_piece(i) for i in ids if any(is_it(i) for is_it in kinds)]
+        spelled = SPACE_MARK if self._mark_ids is not None else ""
+        try:
+            self._try_fast(
+                lambda: SentencePieceEngine(content, token_type(self.vocab_size), control, spelled), control
+            )
+        except ValueError as error:
+            logger.info("%s: encoded by %s, since %s.", self.path, self.reference, error)
 
     def _find_eod(self, eod_token: str | None) -> int:
         if eod_token is None and self._model.eos_id() >= 0:
@@ -47,7 +67,7 @@ class SentencePieceTokenizer(Tokenizer):
                 return token_id
         raise DataError(no_eod_message(self.path, eod_token))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def _encode_reference(self, texts: Sequence[str]) -> list[list[int]]:
         encoded: list[list[int]] = self._model.encode(list(texts), num_threads=1)
         if self._mark_ids is not None:
             for i, text in enumerate(texts):

@@ -12,13 +12,16 @@ import numpy as np
 import orjson
 import psutil
 import pytest
+import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from megads.data import token_engines
-from megads.data.token_engines import GigatokenEngine, why_not_gigatoken
+from megads.data.token_engines import GigatokenEngine, SentencePieceEngine, why_not_gigatoken
 from megads.data.tokenizer_huggingface import HuggingFaceTokenizer
+from megads.data.tokenizer_sentencepiece import SentencePieceTokenizer
+from megads.data.tokenizer_training import train_sentencepiece
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 # The patterns of DeepSeek-V3's pre-tokenizer.
@@ -38,7 +41,7 @@ HARD = [
     "", " ", "\n", "\x00", "\x00\x01\x7f", "\ufeffBOM", "▁", "a▁▁b ▁", "  a  b   c     d",
     "x\r\n\r\n y\r z",
     " " * 5000, "x" + " " * 4999 + "y", "\n" * 3000, "\r\n" * 500, " \n" * 500, "\t" * 999, "a" * 20_000,
-    "=" * 3000, "中" * 2000, "1" * 1000, "don't WE'LL THEY'RE I'm 's 'S", 
+    "=" * 3000, "中" * 2000, "1" * 1000, "don't WE'LL THEY'RE I'm 's 'S",
     "🎉👩‍👩‍👧🇩🇪 e\u0301 \u0301", "ﬁ ½ ² ß İ ı Å",
     "x\u0085y\u2028z\u2029w\u00a0\u3000v\u1680", "\u1100\u1161\u11a8", "\ue000\uf8ff\uffff\U0010ffff",
     "<｜User｜>hi<｜end▁of▁sentence｜>", "<|endoftext|>", "a<|endoftext|>b", "</s><s>[INST]<0x0A><unk>",
@@ -154,6 +157,39 @@ def test_characters_newer_than_the_reference(name: str, request: pytest.FixtureR
     assert fast._fast.encode(old)[2] == []
 
 
+@pytest.mark.parametrize("adds_space", [False, True])
+def test_sentencepiece_ids_are_the_reference_s(texts: list[str], tmp_path: Path, adds_space: bool) -> None:
+    path = tmp_path / "tokenizer.model"
+    if adds_space:  # as Llama's and Mistral's
+        train_plain(texts, path, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    else:
+        train_sentencepiece(texts[::4], path, 2000, character_coverage=0.99)
+    content = path.read_bytes()
+    fast, reference = (SentencePieceTokenizer(path, content, None, fast=fast) for fast in (True, False))
+    assert fast.engine.startswith("gigatoken")
+    assert reference.engine.startswith("sentencepiece")
+    for batch in (texts, HARD, random_texts(3000), ["</s>", "a<s>b", "<unk>", "<0x0A>", "<|fim_begin|>x"]):
+        expected = reference.encode_batch(batch)
+        assert fast.encode_batch(batch) == expected
+        assert fast.encode_batch_arrays(batch)[0].tolist() == [i for part in expected for i in part]
+
+
+def train_plain(texts: list[str], path: Path, **options: Any) -> None:
+    lines = [line[:1000] for text in texts[::4] for line in text.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), model_type="bpe",
+        vocab_size=2000, byte_fallback=True, character_coverage=0.99, minloglevel=2, **options,
+    )  # fmt: skip
+
+
+def test_sentencepiece_that_normalizes_is_left_to_the_reference(texts: list[str], tmp_path: Path) -> None:
+    train_plain(texts, tmp_path / "t.model")
+    content = (tmp_path / "t.model").read_bytes()
+    assert SentencePieceTokenizer(tmp_path / "t.model", content, None).engine.startswith("sentencepiece")
+    with pytest.raises(ValueError, match="normalizer"):
+        SentencePieceEngine(content, np.dtype(np.uint16), [], "")
+
+
 def edited(path: Path, edit: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     spec: dict[str, Any] = orjson.loads(path.read_bytes())
     edit(spec)
@@ -200,6 +236,7 @@ def test_a_wrong_engine_is_found_out_when_it_is_loaded(
 def test_a_shard_on_which_the_engines_differ_falls_back_alone(
     deepseek: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    texts = [text[:5000] for text in texts]
     tokenizer, expected = load(deepseek), load(deepseek, fast=False).encode_batch(texts)
     right = GigatokenEngine.encode
 
@@ -241,7 +278,7 @@ def test_long_texts_in_parts_give_the_same_ids(
     deepseek: Path, neox: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hard = [text + line for text in HARD for line in ("\nabc", " \nabc", "\r\nAbc", ".\n\nabc", "x\nAbc")]
-    batch = [*texts, "".join(random.Random(0).sample(hard * 5, 5 * len(hard)))]
+    batch = [*texts[::8], "".join(random.Random(0).sample(hard * 5, 5 * len(hard)))]
     for path in (deepseek, neox):
         engine = engine_of(path)
         whole = as_lists(engine.encode(batch))
@@ -260,11 +297,11 @@ def test_no_parts_where_a_line_does_not_start_a_word(deepseek: Path, neox: Path,
 
     for edit in (prefix_space, greedy):
         spec = edited(neox, edit)
-        assert not token_engines._lines_start_words(spec)
-    assert token_engines._lines_start_words(edited(neox, lambda spec: None))
+        assert not token_engines._lines_stand_alone(spec)
+    assert token_engines._lines_stand_alone(edited(neox, lambda spec: None))
     letters = {"type": "Split", "pattern": {"Regex": r"\s*\p{L}+"}, "behavior": "Isolated", "invert": False}
     spec = edited(deepseek, lambda spec: spec["pre_tokenizer"]["pretokenizers"].__setitem__(2, letters))
-    assert not token_engines._lines_start_words(spec)
+    assert not token_engines._lines_stand_alone(spec)
 
 
 def test_memory_is_bounded_by_making_the_engine_anew(deepseek: Path, monkeypatch: pytest.MonkeyPatch) -> None:
