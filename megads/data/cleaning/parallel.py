@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,13 +27,19 @@ class Workers:
             )
 
     def __enter__(self) -> Self:
+        self._others = set(active_children())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is None:
+            return
+        if error is not None:
+            # A stop must not wait for whole shards; what they had begun is done again next time.
+            for process in set(active_children()) - self._others:
+                process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def each[C, T, R](
         self, work: Callable[[C, T], R], context: C, tasks: Sequence[T]
@@ -62,9 +68,6 @@ class Workers:
                     "A cleaning process was killed, perhaps for want of memory. Run again with fewer "
                     "workers; what is finished is kept."
                 ) from error
-            except BaseException:
-                self._pool.shutdown(wait=True, cancel_futures=True)
-                raise
 
 
 def _work(work: Callable[[Any, Any], Any], context: str, task: Any) -> Any:
