@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from megads.data.indexed import token_type
-from megads.data.token_engines import ByteLevelEngine, why_not_gigatoken
+from megads.data.token_engines import ByteLevelEngine, GigatokenEngine, why_not_gigatoken
 from megads.data.tokenizer import EOD_TOKENS, no_eod_message
 from megads.data.tokenizer_two_engines import TwoEngineTokenizer
 from megads.errors import DataError
@@ -35,18 +35,9 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
     def __init__(self, path: Path, content: bytes, eod_token: str | None, *, fast: bool = True) -> None:
         import tokenizers
 
-        super().__init__(path, content, f"tokenizers {version('tokenizers')}")
+        super().__init__(path, content, f"tokenizers {version('tokenizers')}", fast=fast)
         try:
-            spec: dict[str, Any] = orjson.loads(content)
-            added = {str(token["content"]): token for token in spec.get("added_tokens") or ()}
-            control = [
-                text for text, token in added.items() if token.get("special") or CONTROL_SHAPE.fullmatch(text)
-            ]
-            for text in control:
-                added[text]["special"] = True
-            spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-            if "dropout" in spec["model"]:
-                spec["model"]["dropout"] = None
+            spec, control = _text_only(content)
             self._model = tokenizers.Tokenizer.from_str(orjson.dumps(spec).decode())
             self._model.encode_special_tokens = True  # special tokens in a text are text
             self._vocabulary = self._model.get_vocab(with_added_tokens=True)
@@ -62,8 +53,6 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
         names |= {text for text, token_id in self._vocabulary.items() if token_id == self.eod_id}
         self._control_ids = {self._vocabulary[text] for text in names}
         self._control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
-        if fast:
-            self._make_fast(spec, names)
 
     def _find_eod(self, eod_token: str | None) -> int:
         for token in EOD_TOKENS if eod_token is None else (eod_token,):
@@ -75,14 +64,15 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
         token_id = self._vocabulary.get(token)
         return token_id if token_id in self._control_ids else None
 
-    def _make_fast(self, spec: dict[str, Any], control: set[str]) -> None:
-        """Use gigatoken, if it does all that the file asks for."""
+    def _make_fast(self, content: bytes) -> GigatokenEngine | None:
+        spec, _ = _text_only(content)
+        control = {text for text, token_id in self._vocabulary.items() if token_id in self._control_ids}
         spec["added_tokens"] = [t for t in spec.get("added_tokens") or () if t["content"] not in control]
         if (reason := why_not_gigatoken(spec, sorted(control))) is not None:
             logger.info("%s: encoded by %s, since %s.", self.path, self.reference, reason)
-            return
+            return None
         literals = [f"a{token['content']}b {token['content']} " for token in spec["added_tokens"]]
-        self._try_fast(lambda: ByteLevelEngine(spec, token_type(self.vocab_size)), literals)
+        return self._checked(lambda: ByteLevelEngine(spec, token_type(self.vocab_size)), literals)
 
     def _encode_reference(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = [list(e.ids) for e in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -103,6 +93,19 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         text = [int(i) for i in ids if int(i) not in self._control_ids]
         return str(self._model.decode(text, skip_special_tokens=False))
+
+
+def _text_only(content: bytes) -> tuple[dict[str, Any], list[str]]:
+    """A tokenizer.json that does nothing but encode text, and the names of its control tokens."""
+    spec: dict[str, Any] = orjson.loads(content)
+    added = {str(token["content"]): token for token in spec.get("added_tokens") or ()}
+    control = [text for text, token in added.items() if token.get("special") or CONTROL_SHAPE.fullmatch(text)]
+    for text in control:
+        added[text]["special"] = True
+    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+    if "dropout" in spec["model"]:
+        spec["model"]["dropout"] = None
+    return spec, control
 
 
 def _configured_eod(path: Path) -> str | None:

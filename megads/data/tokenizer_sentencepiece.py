@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megads.data.indexed import token_type
-from megads.data.token_engines import SentencePieceEngine
+from megads.data.token_engines import GigatokenEngine, SentencePieceEngine
 from megads.data.tokenizer import EOD_TOKENS, no_eod_message
 from megads.data.tokenizer_two_engines import TwoEngineTokenizer
 from megads.errors import DataError
@@ -29,7 +29,7 @@ class SentencePieceTokenizer(TwoEngineTokenizer):
     def __init__(self, path: Path, content: bytes, eod_token: str | None, *, fast: bool = True) -> None:
         import sentencepiece
 
-        super().__init__(path, content, f"sentencepiece {version('sentencepiece')}")
+        super().__init__(path, content, f"sentencepiece {version('sentencepiece')}", fast=fast)
         try:
             if not content:
                 raise RuntimeError("the file is empty")
@@ -43,21 +43,18 @@ class SentencePieceTokenizer(TwoEngineTokenizer):
         mark_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         adds_no_space = self._model.encode("a", out_type=str) == ["a"]
         self._mark_ids = mark_ids if adds_no_space and all(map(self._model.is_byte, mark_ids)) else None
-        if fast:
-            self._make_fast(content)
 
-    def _make_fast(self, content: bytes) -> None:
-        """Use gigatoken, if it knows this kind of model."""
-        model, ids = self._model, range(self.vocab_size)
+    def _make_fast(self, content: bytes) -> GigatokenEngine | None:
+        model, dtype = self._model, token_type(self.vocab_size)
         kinds = (model.is_control, model.is_unknown, model.is_unused, model.is_byte)
+        ids = range(self.vocab_size)
         control = [model.id_to_piece(i) for i in ids if any(is_it(i) for is_it in kinds)]
         spelled = SPACE_MARK if self._mark_ids is not None else ""
         try:
-            self._try_fast(
-                lambda: SentencePieceEngine(content, token_type(self.vocab_size), control, spelled), control
-            )
+            return self._checked(lambda: SentencePieceEngine(content, dtype, control, spelled), control)
         except ValueError as error:
             logger.info("%s: encoded by %s, since %s.", self.path, self.reference, error)
+            return None
 
     def _find_eod(self, eod_token: str | None) -> int:
         if eod_token is None and self._model.eos_id() >= 0:

@@ -3,6 +3,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,38 @@ PROBES = (
 
 
 class TwoEngineTokenizer(Tokenizer):
-    """The reference, named `reference`, in `_encode_reference`; the fast engine by `_try_fast`."""
+    """Encodes by the reference, named `reference`, or by the fast engine, which is made when first needed.
 
-    def __init__(self, path: Path, content: bytes, reference: str) -> None:
+    Training only asks a tokenizer for its ids of control tokens, and shall not pay for an engine.
+    """
+
+    def __init__(self, path: Path, content: bytes, reference: str, *, fast: bool) -> None:
         super().__init__(path, content)
         self.reference = reference
-        self._fast: GigatokenEngine | None = None
-        self._use_fast = False
+        self._content = content if fast else None
+        self._use_fast = fast
 
     @property
     def engine(self) -> str:  # type: ignore[override]
-        return self._fast.name if self._fast is not None and self._use_fast else self.reference
+        return self._fast.name if self._use_fast and self._fast is not None else self.reference
 
     @abstractmethod
     def _encode_reference(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text by the reference."""
 
-    def _try_fast(self, make: Callable[[], GigatokenEngine], probes: Sequence[str] = ()) -> None:
-        """Make the fast engine and keep it if it gives the reference's ids for all probes."""
+    @abstractmethod
+    def _make_fast(self, content: bytes) -> GigatokenEngine | None:
+        """The fast engine for the tokenizer's file, by `_checked`; None where it will not do."""
+
+    @cached_property
+    def _fast(self) -> GigatokenEngine | None:
+        content, self._content = self._content, None
+        return None if content is None else self._make_fast(content)
+
+    def _checked(
+        self, make: Callable[[], GigatokenEngine], probes: Sequence[str] = ()
+    ) -> GigatokenEngine | None:
+        """The engine that `make` makes, if it loads and gives the reference's ids for all probes."""
         try:
             engine = make()
         except (ImportError, RuntimeError) as error:
@@ -67,9 +82,9 @@ class TwoEngineTokenizer(Tokenizer):
         else:
             reason = self._difference(engine, [*PROBES, *probes])
             if reason is None:
-                self._fast, self._use_fast = engine, True
-        if reason is not None:
-            logger.warning("%s: encoded by %s, several times slower: %s", self.path, self.reference, reason)
+                return engine
+        logger.warning("%s: encoded by %s, several times slower: %s", self.path, self.reference, reason)
+        return None
 
     def use_exact_engine(self, texts: Sequence[str], where: str = "") -> str:
         if self._fast is not None:
@@ -99,14 +114,14 @@ class TwoEngineTokenizer(Tokenizer):
         return None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._fast is None or not self._use_fast:
+        if not self._use_fast or self._fast is None:
             return self._encode_reference(texts)
         ids, lengths = self._encode_fast(self._fast, texts)
         ends = np.cumsum(lengths, dtype=np.int64).tolist()
         return [ids[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
 
     def encode_batch_arrays(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        if self._fast is None or not self._use_fast:
+        if not self._use_fast or self._fast is None:
             return super().encode_batch_arrays(texts)
         return self._encode_fast(self._fast, texts)
 
