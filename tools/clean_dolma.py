@@ -46,6 +46,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )
     parser.add_argument(
+        "--max-line-mb", type=float, default=32.0, metavar="MB",
+        help="longer lines hold no document; give preprocessing the same (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--partitions", type=int, help="parts that keys are divided into (default: by input size)"
     )
     _add_stages(parser)
@@ -142,6 +146,7 @@ def settings_of(
     )
     return CleaningSettings(
         text_field=options.text_field,
+        max_line_bytes=int(options.max_line_mb * 2**20),
         exact_documents=options.exact,
         min_paragraph_characters=options.paragraphs,
         near=near if options.near else None,
@@ -179,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
     begun = time.monotonic()
     shards = list_shards(options)
     files = find_inputs(options.evaluation) if options.evaluation else []
-    settings = settings_of(options, files, {shard.source for shard in shards})
+    settings = settings_of(options, files, {shard.directory for shard in shards})
     index = None
     if files:
         index = EvaluationIndex(

@@ -109,7 +109,7 @@ def _scan_one(context: _ScanContext, shard: InputShard) -> None:
 
 
 def _scan_directory(root: Path, shard: InputShard) -> Path:
-    return root / shard.source / (shard.name + ".scan")
+    return root / shard.directory / (shard.name + ".scan")
 
 
 def _find_duplicates(stages: Stages, processes: Workers, on_progress: Progress) -> None:
@@ -166,11 +166,11 @@ def _equal_paragraphs(stages: Stages, partition: int) -> None:
 def _check_names(shards: Sequence[InputShard]) -> None:
     seen: dict[tuple[str, str], str] = {}
     for shard in shards:
-        other = seen.setdefault((shard.source, shard.name), shard.path)
+        other = seen.setdefault((shard.directory, shard.name), shard.path)
         if other != shard.path:
             raise DataError(
-                f"{other} and {shard.path}: both are {shard.source}/{shard.name}, so their removals would be "
-                "one file. Rename one, or clean them as different sources."
+                f"{other} and {shard.path}: both are {shard.directory}/{shard.name}, so their removals would "
+                "be one file. Rename one, or clean them as different sources."
             )
 
 

@@ -26,8 +26,15 @@ from megads.data.cleaning.decontaminate import EvaluationIndex
 from megads.data.cleaning.near import NearSettings
 from megads.data.cleaning.quality import RULE_SETS, Verdict
 from megads.data.cleaning.words import LETTERS, TOKENS, Words, split_words
-from megads.data.documents import Defect, LineBatch, Record, parse_records, read_line_batches
-from megads.data.input_file import InputFile
+from megads.data.documents import (
+    MAX_LINE_BYTES,
+    Defect,
+    LineBatch,
+    Record,
+    open_input,
+    parse_records,
+    read_line_batches,
+)
 from megads.data.inputs import InputShard
 
 SIZES = np.dtype([("characters", "<u4"), ("bytes", "<u4")])
@@ -41,6 +48,8 @@ class CleaningSettings:
     """What to look for. Everything here changes the result; nothing else does but the input."""
 
     text_field: str = "text"
+    max_line_bytes: int = MAX_LINE_BYTES
+    """Longer lines hold no document, here as in preprocessing."""
     exact_documents: bool = True
     min_paragraph_characters: int = 0
     """Paragraphs of at least this length are cut where they were seen before; 0: none are."""
@@ -100,9 +109,11 @@ def scan_shard(
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     findings = _Findings()
-    with open(partial / "signatures", "wb") as signatures:
-        for batch in read_line_batches(shard.path):
-            _scan_batch(batch, findings, signatures, settings, settings.rules_for(shard.source), index)
+    with open(partial / "signatures", "wb") as signatures, open_input(shard.path) as file:
+        rules = settings.rules_for(shard.directory)
+        for batch in read_line_batches(file, max_line_bytes=settings.max_line_bytes):
+            _scan_batch(batch, findings, signatures, settings, rules, index)
+        sha256, input_bytes = file.sha256(), file.bytes_read
     np.concatenate([np.empty(0, np.int64), *findings.lines]).tofile(partial / "lines")
     np.concatenate([np.empty(0, SIZES), *findings.sizes]).tofile(partial / "sizes")
     packed = zstandard.ZstdCompressor().compress(b"".join(findings.verdicts))
@@ -110,11 +121,9 @@ def scan_shard(
     keys.write_keys(partial / "documents", findings.documents, keys.DOCUMENT, partitions)
     keys.write_keys(partial / "paragraphs", findings.paragraphs, keys.PARAGRAPH, partitions)
     keys.write_keys(partial / "bands", findings.bands, keys.DOCUMENT, partitions)
-    with InputFile(shard.path) as file:
-        sha256 = file.sha256()
     record = {
         "path": shard.path,
-        "bytes": shard.bytes,
+        "bytes": input_bytes,
         "version": shard.version,
         "sha256": sha256,
         "digest": digest,
@@ -270,7 +279,7 @@ def read_scan(directory: Path, shard: InputShard) -> Scan:
     record = orjson.loads((directory / "scan.json").read_bytes())
     return Scan(
         directory,
-        shard.source,
+        shard.directory,
         shard.name,
         shard.path,
         record["bytes"],
