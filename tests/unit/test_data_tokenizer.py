@@ -1,6 +1,7 @@
 """Tokenizers: nothing is lost, no text becomes a control token, training is deterministic."""
 
 import random
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -211,3 +212,78 @@ def test_control_tokens_that_are_plain_pieces_of_the_model(tmp_path: Path) -> No
     (ids,) = tokenizer.encode_batch(["a</s>b</s>"])
     assert tokenizer.eod_id == 1
     assert [pieces[i][0] for i in ids] == list("a</s>b</s>")
+
+
+@pytest.fixture
+def documented_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The example of docs/tokenizers.md, importable as its first line says."""
+    page = (Path(__file__).parents[2] / "docs" / "tokenizers.md").read_text()
+    code = page.split("```python\n", 1)[1].split("```", 1)[0]
+    file = tmp_path / code.splitlines()[0].removeprefix("# ")
+    file.parent.mkdir()
+    file.write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("my_package")]:
+        monkeypatch.delitem(sys.modules, name)
+    return "my_package.tokens:Utf8Tokenizer"
+
+
+def test_a_plugin_as_documented(documented_plugin: str, texts: list[str]) -> None:
+    tokenizer = load_tokenizer(documented_plugin)
+    samples = [*texts, *HARD_TEXTS, *CONTROL_LITERALS]
+    ids, lengths = tokenizer.encode_batch_arrays(samples)
+    assert tokenizer.decode(ids.tolist()) == "".join(samples)
+    assert lengths.tolist() == [len(text.encode()) for text in samples]
+    assert tokenizer.use_exact_engine(samples) == tokenizer.engine == "utf8 1.0"
+    assert tokenizer.sha256 == tokenizer_sha256(documented_plugin)
+    assert load_tokenizer(f"{documented_plugin}@data/bytes.txt").path == Path("data/bytes.txt")
+    assert load_tokenizer(Path(documented_plugin)).vocab_size == 257
+
+
+def test_a_plugin_by_the_name_of_its_entry_point(
+    documented_plugin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    information = tmp_path / "my_package-1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (information / "entry_points.txt").write_text(f"[megads.tokenizers]\nutf8 = {documented_plugin}\n")
+    assert load_tokenizer("utf8").kind == "utf8"
+    assert load_tokenizer("utf8@vocabulary.txt").path == Path("vocabulary.txt")
+    with pytest.raises(DataError, match="utf9: no such tokenizer"):
+        load_tokenizer("utf9")
+    # A file of that name is what a path means.
+    monkeypatch.chdir(tmp_path)
+    Path("utf8").write_bytes(b"not a model")
+    with pytest.raises(DataError, match="neither a sentencepiece model"):
+        load_tokenizer("utf8")
+
+
+def test_plugins_that_do_not_keep_their_promises(documented_plugin: str, tmp_path: Path) -> None:
+    for name, message in (
+        ("my_package.tokens:Nothing", "Nothing"),
+        ("my_package.nothing:Tokenizer", "my_package.nothing"),
+        ("pathlib:Path", "not a subclass"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(name)
+    (tmp_path / "my_package" / "bad.py").write_text(
+        "from my_package.tokens import Utf8Tokenizer\n"
+        "class NoEnd(Utf8Tokenizer):\n"
+        "    def __init__(self, path, eod_token):\n"
+        "        super().__init__(path, eod_token)\n"
+        "        self.eod_id = 257\n"
+        "class Outside(Utf8Tokenizer):\n"
+        "    def encode_batch(self, texts):\n"
+        "        return [[257] for text in texts]\n"
+        "class Ends(Utf8Tokenizer):\n"
+        "    def encode_batch(self, texts):\n"
+        "        return [[97, 256, 97] for text in texts]\n"
+    )
+    with pytest.raises(DataError, match="257"):
+        load_tokenizer("my_package.bad:NoEnd")
+    for name, message in (
+        ("Outside", "id 257, which is not in the vocabulary"),
+        ("Ends", "end of a document"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_tokenizer(f"my_package.bad:{name}").encode_batch_arrays(["a"])
