@@ -12,15 +12,20 @@ group or a device; inherited sockets would keep a dead rank's connections open, 
 their parent; inherited signal handlers are reset (`workers.start_helper_process`).
 """
 
+import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from megads.data.workers import start_helper_process
 from megads.errors import TrainingError
+
+ALIGNMENT_BYTES = 64
 
 
 class MicroBatchSampler(Sampler[list[int]]):
@@ -52,6 +57,45 @@ class MicroBatchSampler(Sampler[list[int]]):
         return max(0, self.total_samples - self.consumed_samples) // (self.micro_batch_size * self.dp_size)
 
 
+@dataclass(frozen=True)
+class OneTensor:
+    """A micro-batch as a single tensor, for its way from a worker.
+
+    Every tensor that a worker sends is a piece of shared memory with a file descriptor of its own, which
+    costs more than the numbers in it.
+    """
+
+    content: Tensor
+    layout: tuple[tuple[str, torch.dtype, torch.Size, int], ...]
+
+    @classmethod
+    def pack(cls, samples: list[dict[str, Tensor]]) -> Self:
+        """Samples stacked, then laid end to end."""
+        batch: dict[str, Tensor] = default_collate(samples)
+        layout, offset_bytes = [], 0
+        for name, tensor in batch.items():
+            layout.append((name, tensor.dtype, tensor.shape, offset_bytes))
+            offset_bytes += math.ceil(tensor.nbytes / ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        # Storage that is shared from the start need not be copied when it is sent.
+        storage = torch.UntypedStorage._new_shared(offset_bytes)
+        content = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+        packed = cls(content, tuple(layout))
+        for name, tensor in packed.unpack().items():
+            tensor.copy_(batch[name])
+        return packed
+
+    def unpack(self) -> dict[str, Tensor]:
+        """The values of the samples by name, as parts of `content`."""
+        return {
+            name: self.content[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, dtype, shape, offset in self.layout
+        }
+
+    def pin_memory(self) -> "OneTensor":
+        """What DataLoader's pinning thread calls."""
+        return OneTensor(self.content.pin_memory(), self.layout)
+
+
 class Loader(Iterator[dict[str, Tensor]]):
     """Micro-batches, one after the other; `rewind` starts again elsewhere, `close` ends the workers.
 
@@ -63,7 +107,7 @@ class Loader(Iterator[dict[str, Tensor]]):
     def __init__(self, loader: DataLoader[dict[str, Tensor]], sampler: MicroBatchSampler) -> None:
         self._loader = loader
         self._sampler = sampler
-        self._batches: Iterator[dict[str, Tensor]] | None = None
+        self._batches: Iterator[Any] | None = None
 
     def __iter__(self) -> Self:
         return self
@@ -75,7 +119,8 @@ class Loader(Iterator[dict[str, Tensor]]):
                 warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
                 self._batches = iter(self._loader)
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            return batch.unpack() if isinstance(batch, OneTensor) else batch
         except (RuntimeError, ConnectionError, EOFError) as error:
             # torch notices the death in one of two places: its watchdog, or a socket to the worker.
             of_watchdog = isinstance(error, RuntimeError)
@@ -124,6 +169,7 @@ def build_loader(
             "persistent_workers": persistent_workers,
             "worker_init_fn": _start_worker,
             "multiprocessing_context": "fork",
+            "collate_fn": OneTensor.pack,
         }
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, **of_workers

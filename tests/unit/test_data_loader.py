@@ -5,15 +5,24 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megads.config.resolve import resolve
+from megads.config.schema import Config
+from megads.data.blend import build_datasets
+from megads.data.indexed import IndexedWriter
 from megads.data.loader import Loader, build_loader
+from megads.data.manifest import RECORD_FORMAT
+from megads.data.samples import PackedSamples
+from megads.data.sources import SampleCounts
 from megads.errors import DataError, TrainingError
 
 
@@ -147,3 +156,96 @@ def _is_zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+# ------------------------------------------------------------------ the ledger
+
+# By hand: MEGADS_LEDGER=1000000,100 pytest tests/unit/test_data_loader.py -k ledger
+LEDGER_SAMPLES, RESUMES = map(int, os.environ.get("MEGADS_LEDGER", "100000,26").split(","))
+LEDGER_SEQ, SOURCE_TOKENS = 8, (200_000, 130_000, 70_000)
+
+
+def ledger_run(tmp_path: Path) -> PackedSamples:
+    """Three sources whose token number n is n, so that a token tells where it was read.
+
+    Tokens are counted from a different number in each; more samples are asked for than an epoch has.
+    """
+    sources, first = [], 0
+    for number, tokens in enumerate(SOURCE_TOKENS):
+        rng = np.random.default_rng(number)
+        for shard in range(4):
+            lengths = rng.integers(5, 60, tokens // 4 // 36, dtype=np.int32)
+            lengths[-1] += tokens // 4 - lengths.sum()
+            with IndexedWriter(tmp_path / f"source{number}" / str(shard), sum(SOURCE_TOKENS)) as writer:
+                writer.add(np.arange(first, first + tokens // 4, dtype=writer.dtype), lengths)
+                writer.finish({
+                    "format": RECORD_FORMAT, "tokenizer": {"sha256": "a" * 64}, "eod_id": 0,
+                    "vocab_size": sum(SOURCE_TOKENS),
+                })  # fmt: skip
+            first += tokens // 4
+        sources.append({"name": f"source{number}", "subset": f"source{number}", "weight": 5.0 - number})
+    half = LEDGER_SAMPLES // 2 * LEDGER_SEQ
+    config = Config.model_validate({
+        "model": {"vocab_size": sum(SOURCE_TOKENS)},
+        "training": {"seq_length": LEDGER_SEQ, "total_training_tokens": 2 * half},
+        "data": {
+            "cache_dir": str(tmp_path), "split": "100,0,0", "sources": sources,
+            "phases": [
+                {"from_tokens": 0, "weights": {"source0": 5, "source1": 4, "source2": 3}},
+                {"from_tokens": half, "weights": {"source0": 1, "source1": 1, "source2": 2}},
+            ],
+        },
+    })  # fmt: skip
+    return build_datasets(config, resolve(config, 1, False), SampleCounts(LEDGER_SAMPLES)).train
+
+
+def test_the_ledger(tmp_path: Path) -> None:
+    """Every sample once and in order over many resumes with other workers and data-parallel sizes.
+
+    Then, by the tokens alone: within an epoch of a source no token is read twice, and none is missing
+    but for the remainder of an epoch that is shorter than a sequence.
+    """
+    train = ledger_run(tmp_path)
+    layouts = [(workers, ranks) for workers in (0, 1, 4) for ranks in (1, 2, 4)]
+    rng = np.random.default_rng(0)
+    global_batch = 200
+    stops = np.sort(rng.choice(LEDGER_SAMPLES // global_batch, RESUMES, replace=False)) * global_batch
+    read: list[np.ndarray] = []
+    for number, (start, stop) in enumerate(pairwise([0, *stops.tolist(), LEDGER_SAMPLES])):
+        workers, ranks = layouts[number % len(layouts)]
+        read.append(read_by_ranks(train, start, stop, global_batch, ranks, workers))
+    tokens = np.concatenate(read)
+    assert tokens.shape == (LEDGER_SAMPLES // global_batch * global_batch, LEDGER_SEQ)
+
+    of_source = np.searchsorted(np.cumsum(SOURCE_TOKENS), tokens[:, 0], side="right")
+    expected = [train.stream.locate(sample)[0].part.name for sample in range(len(tokens))]
+    assert [f"source{number}" for number in of_source] == expected
+    for number, part in enumerate(train.stream.blend.parts):
+        mine = tokens[of_source == number]
+        whole_epochs = len(mine) // part.samples_per_epoch
+        assert whole_epochs >= 1
+        for epoch in range(whole_epochs + 1):
+            ids = mine[epoch * part.samples_per_epoch : (epoch + 1) * part.samples_per_epoch].ravel()
+            assert len(np.unique(ids)) == ids.size, "no token twice in an epoch"
+            if epoch < whole_epochs:
+                assert SOURCE_TOKENS[number] - ids.size <= LEDGER_SEQ, "none is missing"
+
+
+def read_by_ranks(
+    train: PackedSamples, start: int, stop: int, global_batch: int, ranks: int, workers: int
+) -> np.ndarray:
+    """Tokens [stop - start, S] of a part of a run, in global order, read as its ranks read them."""
+    micro_batch = 50
+    loaders = [
+        build_loader(
+            train, micro_batch_size=micro_batch, dp_rank=rank, dp_size=ranks, consumed_samples=start,
+            num_workers=workers, prefetch_factor=2, pin_memory=False, persistent_workers=False,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    rounds = (stop - start) // (micro_batch * ranks)
+    assert rounds * micro_batch * ranks == stop - start
+    batches = [next(loader)["tokens"].numpy() for _ in range(rounds) for loader in loaders]
+    for loader in loaders:
+        loader.close()
+    return np.concatenate(batches) if batches else np.empty((0, LEDGER_SEQ), dtype=np.int64)
