@@ -417,7 +417,7 @@ class DataSource(Section):
     subset: str | None = setting(None, "Dolma subset id; the default path is cache_dir/subset")
     description: str = setting("", "for people")
     path: tuple[str, ...] | str | None = setting(
-        None, "prefixes of .bin/.idx pairs, or directories of them; null: cache_dir/subset"
+        None, "prefixes of .bin/.idx pairs, directories of them, or fsspec URLs; null: cache_dir/subset"
     )
     max_epochs: float | None = setting(
         None,

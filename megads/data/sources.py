@@ -23,6 +23,7 @@ from megads.data.index_cache import index_directory
 from megads.data.indexed import data_files
 from megads.data.manifest import DatasetInfo, check_dataset
 from megads.data.mix import Mix, MixPhase, normalized, phases_within_caps
+from megads.data.remote_shards import fetch_datasets, is_url
 from megads.data.shard_group import ShardGroup
 from megads.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megads.errors import ConfigError, DataError
@@ -178,6 +179,8 @@ def training_shares(config: Config) -> tuple[list[str], list[int], list[dict[str
 def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
     """Prefixes of a source: as given, a directory for all the datasets in it, sorted.
 
+    What is given as an fsspec URL is fetched to `cache_dir`.
+
     Raises ConfigError when the source says neither path nor subset, DataError for a directory without
     datasets.
     """
@@ -186,6 +189,9 @@ def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
     paths = (str(Path(cache_dir) / (source.subset or "")),) if source.path is None else source.path
     prefixes: list[str] = []
     for path in (paths,) if isinstance(paths, str) else paths:
+        if is_url(path):
+            prefixes += fetch_datasets(path, cache_dir)
+            continue
         if data_files(path)[1].exists() or not Path(path).is_dir():
             prefixes.append(path)
             continue
