@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 
 from megads.data.unicode_gaps import contains_any, unknown_characters
 
-# The process may grow by this much before the engine is made anew. A word list doubles its table at once,
-# so the peak is about twice this; 400 MB of prose, code and tables made it grow by 130 MB.
-CACHE_BYTES = 128 << 20
+# The process may grow by this much before the engine is made anew. 200 MB of prose, code and tables make it
+# grow by 80 MB. Words that never repeat fill a table that doubles at once, from 134 MB to 268: renewed before.
+CACHE_BYTES = 112 << 20
 # Making the engine anew costs 0.3 to 0.6 s: not more often than this, whatever else the process allocates.
 RENEWAL_TEXT_CHARACTERS = 8 << 20
 # Longer texts are handed over in parts, between which the growth is looked at.
