@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
-from megads.config.flags import parse_flags  # noqa: E402
+from megads.config.flags import Arguments, parse_flags  # noqa: E402
 from megads.config.loader import load_config  # noqa: E402
 from megads.config.resolve import planned_hardware, resolve  # noqa: E402
 from megads.config.validate import check  # noqa: E402
@@ -25,6 +25,11 @@ from megads.data.index_cache import index_directory  # noqa: E402
 from megads.data.mix_table import mix_table, repetition_warnings  # noqa: E402
 from megads.data.sources import build_index, plan_corpus, sample_counts  # noqa: E402
 from megads.errors import MegadsError  # noqa: E402
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """Those of pretrain_megads.py."""
+    return parse_flags(argv, "tools/build_index.py")
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +40,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     started = time.monotonic()
     try:
-        arguments = parse_flags(argv, "tools/build_index.py")
+        arguments = parse_arguments(argv)
         config = load_config(arguments.config, arguments.overrides, arguments.origins)
         processes, cuda = planned_hardware(config, arguments.world_size)
         check(config, processes, cuda)
