@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megads.config.flags import parse_flags
+from megads.config.flags import Arguments, parse_flags
 from megads.config.loader import load_config
 from megads.config.resolve import Resolved, planned_hardware, resolve
 from megads.config.scalars import Schedules, scheduled_settings
@@ -112,22 +112,27 @@ def _count(value: float) -> str:
     return f"{value:g}"
 
 
-def main(argv: list[str]) -> int:
+def parse_arguments(argv: list[str]) -> tuple[Path, Arguments]:
+    """The PNG to draw, and what is left: the arguments of pretrain_megads.py."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("schedules.png"), help="default: %(default)s")
     options, rest = parser.parse_known_args(argv)
+    return options.output, parse_flags(rest)
+
+
+def main(argv: list[str]) -> int:
     try:
-        arguments = parse_flags(rest)
+        png, arguments = parse_arguments(argv)
         config = load_config(arguments.config, arguments.overrides, arguments.origins)
         world_size, cuda = planned_hardware(config, arguments.world_size)
         check(config, world_size, cuda)
-        draw(config, resolve(config, world_size, cuda), options.output)
+        draw(config, resolve(config, world_size, cuda), png)
     except MegadsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    print(options.output)
+    print(png)
     return 0
 
 

@@ -190,9 +190,14 @@ def quarantine(path: Path, reason: str) -> Path:
 
 
 def newest_good(
-    directory: Path | str, hasher: Hasher | None = hash_files, move_bad: bool = True
+    directory: Path | str,
+    hasher: Hasher | None = hash_files,
+    move_bad: bool = True,
+    before: int | None = None,
 ) -> CheckpointInfo | None:
-    """The newest checkpoint that passes `verify`, falling back one at a time.
+    """The newest checkpoint (of an earlier step than `before`) that passes `verify`.
+
+    Falls back one at a time.
 
     Each one that fails is reported with its bad file and, with `move_bad`, set aside as `.bad`.
     None where the directory never held a checkpoint. Where it holds damaged ones only, now or set
@@ -201,6 +206,8 @@ def newest_good(
     directory = Path(directory)
     reasons: list[str] = []
     for info in reversed(_final_directories(directory)):
+        if before is not None and info.step >= before:
+            continue
         try:
             manifest = verify(info.path, hasher)
             if manifest.step != info.step:
@@ -214,7 +221,7 @@ def newest_good(
             continue
         _report_pointer(directory, info)
         return info
-    set_aside = sorted(directory.glob("step_*.bad*"))
+    set_aside = sorted(directory.glob("step_*.bad*")) if before is None else []
     if reasons or set_aside:
         raise CheckpointError(
             f"{directory}: no checkpoint is good. {'; '.join(reasons[:3]) or f'See {set_aside[-1]}'}. "

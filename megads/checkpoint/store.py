@@ -278,6 +278,14 @@ class CheckpointStore:
         self._verified = info.path if info else None
         return info
 
+    def find_before(self, step: int) -> CheckpointInfo | None:
+        """The newest good checkpoint of an earlier step than `step`, verified; collective."""
+        info = self._ranks.first_with_hasher(
+            lambda hasher: commit.newest_good(self.directory, hasher, before=step)
+        )
+        self._verified = info.path if info else None
+        return info
+
     def _find(self, source: str | Path, hasher: Hasher) -> CheckpointInfo | None:
         refuse_unsafe_environment()
         path = self.directory if source == "latest" else Path(source).absolute()

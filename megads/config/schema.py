@@ -286,6 +286,27 @@ class Model(Section):
     moe: MoE = MoE()
 
 
+class Stability(Section):
+    """Steps that go wrong: gradients that are not finite, and spikes of the loss."""
+
+    max_skipped_steps: int = setting(10, "steps skipped in a row that end the run", unit="steps", gt=0)
+    spike_policy: Literal["warn", "skip", "rollback"] = setting(
+        "warn",
+        "warn; skip the update of the batch; rollback to the last checkpoint before the spike, leave out the "
+        "data read since, and lower the learning rate",
+    )
+    spike_window: int = setting(64, "accepted losses that a new one is compared with", unit="steps", ge=16)
+    spike_threshold: float = setting(
+        8.0, "a spike is this far above their median, in robust standard deviations", gt=0
+    )
+    spike_least_increase: float = setting(
+        0.2, "and at least so far, whatever the deviation", unit="nats per token", ge=0
+    )
+    spike_patience: int = setting(3, "spikes in a row before a rollback", unit="steps", gt=0)
+    rollback_lr_factor: float = setting(0.5, "factor on the learning rate from each rollback on", gt=0, le=1)
+    max_rollbacks: int = setting(3, "rollbacks of a run; one more ends it", ge=0)
+
+
 class Training(Section):
     """Batches, length of the run, optimizer, schedules, precision, objective."""
 
@@ -378,6 +399,7 @@ class Training(Section):
     gradient_checkpointing: Literal[False, True, "full", "selective"] = setting(
         False, "recompute activations: full (each layer), selective (MLA up-projections and norms)"
     )
+    stability: Stability = Stability()
     average_decay: float | None = setting(
         None,
         "decay of a moving average (EMA) of the weights in host memory, saved and evaluated; null: none",

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from torch import Tensor
 
+from megads.checkpoint.companions import companions
 from megads.model.build import unwrap
 from megads.train.step import TrainingStep
 
@@ -95,23 +94,8 @@ class ParameterAverage:
             model = unwrap(chunk)
             average_of = {p.data_ptr(): averages[name] for name, p in model.named_parameters()}
             sharded = model.sharded_state_dict(metadata=metadata)
-            kept = {name: shard for name, shard in sharded.items() if self._replace(shard, average_of)}
-            add_prefix_for_sharding(kept, PREFIX)
-            state[f"average{index}"] = kept
+            state[f"average{index}"] = companions(sharded, average_of, PREFIX)
         return state
-
-    @staticmethod
-    def _replace(shard: Any, average_of: dict[int, Tensor]) -> bool:
-        """Put the average into the shard of a parameter; False for anything else (buffers)."""
-        if not isinstance(shard, ShardedTensor | ShardedTensorFactory) or shard.data is None:
-            return False
-        average = average_of.get(shard.data.data_ptr())
-        if average is None:
-            return False
-        shard.data = average.view(shard.data.shape)
-        if isinstance(shard, ShardedTensor):
-            shard.dtype = average.dtype
-        return True
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:

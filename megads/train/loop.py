@@ -8,7 +8,7 @@ run, bit by bit where the layout is the same.
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from megads.train.matmul_rate import peak_rate
 from megads.train.metrics import (
     SpeedMeter,
     StepMeter,
+    event_record,
     peak_memory_bytes,
     run_record,
     train_record,
@@ -41,15 +42,16 @@ from megads.train.metrics import (
 )
 from megads.train.profiler import StepProfiler
 from megads.train.resume import checkpoint_record, find_checkpoint, restore
+from megads.train.rollback import roll_back
 from megads.train.signals import StopRequest
 from megads.train.sinks import METRICS_FILE, Sinks, open_sinks
 from megads.train.snapshot import sharded_state
+from megads.train.stability import SpikeWatch, Verdict
 from megads.train.state import TrainState
 from megads.train.step import StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED_STEPS = 10
 CURVE_FILE = "loss_curve.png"
 
 
@@ -84,7 +86,7 @@ class Run:
         self.config, self.resolved, self.store = config, resolved, store
         self.leads = dist.get_rank() == 0
         # Data first: it fails fast, before a model is allocated.
-        self.datasets = build_datasets(config, resolved, sample_counts(config, resolved))
+        self.build_datasets(skipped_samples=0)
         if self.leads:
             logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)
@@ -93,10 +95,21 @@ class Run:
         if (decay := config.training.average_decay) is not None:
             self.average = ParameterAverage(self.step, decay, config.training.average_interval)
         self.state = restore(resolved, store, found, self.step, self.datasets, self.average)
+        if self.state.skipped_samples:
+            self.build_datasets(self.state.skipped_samples)
+        self.watch = SpikeWatch(config.training.stability, self.state.recent_losses)
+        self.verdict: Verdict | None = None
+        self.loader: Iterator[dict[str, Tensor]] | None = None
         self.schedules = Schedules(config, resolved)
         self.validation = Validation(config, self.datasets, self.step)
         self.progress = _Progress(saved_step=self.state.step if found else -1)
         self._open_meters()
+
+    def build_datasets(self, skipped_samples: int) -> None:
+        """The data of the run, and as much more as rollbacks have left out of it."""
+        counts = sample_counts(self.config, self.resolved)
+        counts = replace(counts, train=counts.train + skipped_samples)
+        self.datasets = build_datasets(self.config, self.resolved, counts)
 
     def _open_meters(self) -> None:
         config, resolved = self.config, self.resolved
@@ -123,12 +136,10 @@ class Run:
         if not self.leads:
             return
         show.save(config, resolved, config.output_dir)
-        self.sinks = open_sinks(
-            config, tensorboard_dir=resolved.tensorboard_dir, resumed_step=self.state.step
-        )
+        self.open_sinks()
         logger.info("MFU counts %.3g FLOP/s per process as 100%%: %s", peak.flops_per_second, peak.source)
         self.console = ConsoleSink(resolved.train_steps, first_step=self.state.step)
-        self._write(
+        self.write(
             run_record(
                 self.state,
                 total_tokens=resolved.total_tokens,
@@ -140,6 +151,13 @@ class Run:
             )
         )
 
+    def open_sinks(self) -> None:
+        """Sinks that go on after the step of the state; what they held beyond it is set aside."""
+        self.sinks.close()
+        self.sinks = open_sinks(
+            self.config, tensorboard_dir=self.resolved.tensorboard_dir, resumed_step=self.state.step
+        )
+
     # ------------------------------------------------------------------ the loop
 
     def to_the_end(self) -> TrainState:
@@ -147,21 +165,24 @@ class Run:
         last_step = self.resolved.train_steps
         if self.config.training.exit_step is not None:
             last_step = min(last_step, self.config.training.exit_step)
-        stop = StopRequest()
+        self.stop = StopRequest()
         profiler = StepProfiler(
             self.config.logging.profile,
             Path(self.config.output_dir) / "profile",
             rank=dist.get_rank(),
             cuda=self.resolved.device == "cuda",
         )
-        loader = self._training_batches()
+        self.open_loader()
         try:
             while self.state.step < last_step:
                 profiler.before_step(self.state.step + 1)
-                self._one_step(loader)
+                self._one_step()
                 profiler.after_step(self.state.step)
-                self._after_step(last_step)
-                if signal_name := stop.agreed():
+                if self.verdict is not None and self.verdict.action == "rollback":
+                    roll_back(self, self.verdict)
+                else:
+                    self._after_step(last_step)
+                if signal_name := self.stop.agreed():
                     logger.info(
                         "%s received: saving and stopping after step %d", signal_name, self.state.step
                     )
@@ -169,19 +190,22 @@ class Run:
             self._finish(completed=self.state.step >= self.resolved.train_steps)
         finally:
             profiler.close(self.state.step)
-            stop.close()
-            if isinstance(loader, Loader):
-                loader.close()
+            self.stop.close()
+            if isinstance(self.loader, Loader):
+                self.loader.close()
             self.sinks.close()
             if self.console is not None:
                 self.console.close()
         return self.state
 
-    def _training_batches(self) -> Iterator[dict[str, Tensor]] | None:
+    def open_loader(self) -> None:
+        """Batches from the position of the state on, for the ranks that need any."""
+        if isinstance(self.loader, Loader):
+            self.loader.close()
         if not self.step.needs_data:
-            return None
+            return
         data = self.config.data
-        return build_loader(
+        self.loader = build_loader(
             self.datasets.train,
             micro_batch_size=self.config.training.micro_batch_size,
             dp_rank=self.step.data_parallel_rank,
@@ -193,10 +217,15 @@ class Run:
             persistent_workers=data.persistent_workers and data.num_workers > 0,
         )
 
-    def _one_step(self, batches: Iterator[dict[str, Tensor]] | None) -> None:
+    def _one_step(self) -> None:
         batch_size, scalars = self.schedules.at(self.state.tokens)
+        scalars = replace(scalars, learning_rate=scalars.learning_rate * self.state.lr_factor)
         micro_batches = batch_size // (self.config.training.micro_batch_size * self.resolved.dp)
-        result = self.step.train(batches, micro_batches, scalars)
+        # To warn, the loss is read after the update, when the device is waited for anyway.
+        after = self.config.training.stability.spike_policy == "warn"
+        result = self.step.train(self.loader, micro_batches, scalars, None if after else self._accept)
+        if after:
+            self._accept(result.loss_sums, result.token_counts)
         tokens = batch_size * self.config.training.seq_length
         flops = tokens * training_flops_per_token(self.config, seq_length=scalars.seq_length)
         seconds = self.speed.step_done(tokens, flops)
@@ -216,18 +245,34 @@ class Run:
         if self.console is not None:
             self.console.step_done(self.state.step)
 
+    def _accept(self, loss_sums: Tensor, token_counts: Tensor) -> bool:
+        """Judge the loss of the step that is under way: whether its update is to be made."""
+        loss = self.stop.largest(float(loss_sums[0] / token_counts[0].clamp(min=1)))
+        self.verdict = self.watch.judge(self.state.step + 1, loss)
+        if self.verdict.action == "accept":
+            return True
+        self.state.spikes += 1
+        self.write(event_record(self.state.step + 1, self.state.tokens, "spike", self.verdict.facts()))
+        if self.leads:
+            logger.warning("step %d: %s", self.state.step + 1, self.verdict.text())
+        return self.verdict.action == "warn"
+
     def _count_skipped(self, result: StepResult) -> None:
         if result.applied:
             self.progress.skipped_in_a_row = 0
             return
+        assert self.verdict is not None
         self.progress.skipped_in_a_row += 1
-        if self.leads:
+        not_finite = self.verdict.action in ("accept", "warn")
+        if self.leads and not_finite:
             logger.warning("step %d skipped: its gradients are not finite", self.state.step)
-        if self.progress.skipped_in_a_row >= MOST_SKIPPED_STEPS:
+        most = self.config.training.stability.max_skipped_steps
+        if self.progress.skipped_in_a_row >= most and self.verdict.action != "rollback":
+            what = "gradients that are not finite" if not_finite else "losses far above the recent ones"
             raise TrainingError(
-                f"{MOST_SKIPPED_STEPS} steps in a row, up to step {self.state.step}, had gradients that are "
-                "not finite; no update was made by them. Resume from the last checkpoint with a lower "
-                "training.learning_rate, or look at the data read since then"
+                f"{most} steps in a row, up to step {self.state.step}, had {what}; no update was made by "
+                "them. Resume from the last checkpoint with a lower training.learning_rate, or look at the "
+                'data read since then; training.stability.spike_policy = "rollback" does both'
             )
 
     def _measure(self, result: StepResult) -> None:
@@ -246,7 +291,7 @@ class Run:
     def _log(self, batch_size: int, scalars: Scalars) -> None:
         averages = self.meter.drain(dist.all_reduce)
         speed = self.speed.interval(self.resolved.total_tokens - self.state.tokens)
-        self._write(
+        self.write(
             train_record(
                 self.state,
                 averages,
@@ -267,7 +312,7 @@ class Run:
             if training.eval_interval and step % training.eval_interval == 0:
                 self._evaluate()
             if training.save_interval and step % training.save_interval == 0:
-                self._save()
+                self.save()
 
     def _finish(self, completed: bool) -> None:
         # A run that was cut will be evaluated where its schedule says; only the end gets one of its own.
@@ -279,7 +324,7 @@ class Run:
         ):
             self._evaluate()
         if self.progress.saved_step != self.state.step:
-            self._save()
+            self.save()
         self.store.wait()
         if self.leads:
             self._report_end(completed)
@@ -294,18 +339,19 @@ class Run:
                 average_loss, _ = self.validation.run(by_source=False)
         is_best = self.state.record_validation(loss)
         self.progress.validation_loss, self.progress.validated_step = loss, self.state.step
-        self._write(
+        self.write(
             validation_record(
                 self.state, loss, loss_by_source=by_source, average_loss=average_loss, is_best=is_best
             )
         )
 
-    def _save(self) -> None:
+    def save(self) -> None:
         checkpointing = self.config.checkpointing
         self.step.gather_parameters()
         metrics = {}
         if self.progress.validated_step == self.state.step and self.progress.validation_loss is not None:
             metrics["validation_loss"] = self.progress.validation_loss
+        self.state.recent_losses = self.watch.recent.as_tuple()
         record = checkpoint_record(self.config, self.resolved, self.state, self.datasets)
         state = sharded_state(
             self.step, optimizer=checkpointing.save_optimizer, generators=True, average=self.average
@@ -313,7 +359,7 @@ class Run:
         self.store.save(self.state.step, state, record, metrics)
         self.progress.saved_step = self.state.step
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def write(self, record: dict[str, Any]) -> None:
         if not self.leads:
             return
         self.sinks.write(record)

@@ -10,6 +10,7 @@ together what the sinks get: flat JSON objects, told apart by `kind`.
 | `run`        | at the start and each resume| layout, size, vocabulary, length of the run       |
 | `train`      | each log interval           | losses, rate, norm, speed, expert balance         |
 | `validation` | each evaluation             | loss and perplexity, together and by source       |
+| `event`      | when it happens             | a spike of the loss, a rollback                   |
 
 Lists hold one value per MoE layer. A value that is unknown or not finite is null in JSON.
 """
@@ -276,6 +277,11 @@ def validation_record(
         "is_best": is_best,
         **{f"loss/{name}": value for name, value in loss_by_source.items()},
     }
+
+
+def event_record(step: int, tokens: int, event: str, facts: Mapping[str, Any]) -> Record:
+    """The record of something out of the ordinary at a step: a spike, a rollback."""
+    return {"kind": "event", "step": step, "tokens": tokens, "event": event, **facts}
 
 
 def run_record(

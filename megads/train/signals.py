@@ -1,5 +1,6 @@
 """Stop requests from outside: SIGTERM (a scheduler), SIGINT (a person), SIGUSR1 (a time limit)."""
 
+import math
 import os
 import signal
 from types import FrameType
@@ -32,6 +33,16 @@ class StopRequest:
         flag = torch.tensor([self._received or 0], dtype=torch.int32, device="cpu")
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return signal.Signals(int(flag)).name if flag else None
+
+    def largest(self, value: float) -> float:
+        """The largest `value` of any rank, infinite if one is not finite; collective.
+
+        For decisions that all ranks must take alike.
+        """
+        known = value if math.isfinite(value) else math.inf
+        tensor = torch.tensor([known], dtype=torch.float64, device="cpu")
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return float(tensor)
 
     def close(self) -> None:
         """Give the signals back to whom they belonged."""

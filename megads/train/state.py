@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 
 from megads.errors import CheckpointError
 
-Number = int | float | None
+Number = int | float | None | tuple[float, ...]
 
 
 @dataclass
@@ -26,6 +26,16 @@ class TrainState:
     """Training sequences consumed: the position in the data."""
     skipped_steps: int = 0
     """Steps whose update was left out because the gradients were not finite."""
+    skipped_samples: int = 0
+    """Of `samples`, those that rollbacks left out: no update was made of them, `tokens` has them not."""
+    rollbacks: int = 0
+    """Returns to an earlier checkpoint after a spike of the loss."""
+    lr_factor: float = 1.0
+    """Factor on the scheduled learning rate; rollbacks lower it."""
+    spikes: int = 0
+    """Steps whose loss was out of line with the recent ones."""
+    recent_losses: tuple[float, ...] = ()
+    """What the next losses are compared with, in nats per token."""
     best_validation_loss: float | None = None
     """Lowest validation loss so far, in nats per token."""
     best_validation_step: int | None = None
@@ -59,7 +69,8 @@ class TrainState:
     def to_dict(self) -> dict[str, Number]:
         """The fields as JSON numbers; JSON's shortest notation of a float reads back to the same bits."""
         values: dict[str, Number] = asdict(self)
-        assert all(value is None or math.isfinite(value) for value in values.values()), values
+        flat = [v for value in values.values() for v in (value if isinstance(value, tuple) else (value,))]
+        assert all(value is None or math.isfinite(value) for value in flat), values
         return values
 
     @classmethod
@@ -93,10 +104,18 @@ def _read(value: object, kind: object) -> Number:
     """`value` as the field type `kind`; raises ValueError saying what it must be."""
     if value is None and kind in (int | None, float | None):
         return None
+    if kind == tuple[float, ...]:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"must be a list of numbers, not {value!r}")
+        return tuple(_finite(item) for item in value)
     if kind in (int, int | None):
         if type(value) is int and value >= 0:
             return value
         raise ValueError(f"must be a whole number from 0 on, not {value!r}")
+    return _finite(value)
+
+
+def _finite(value: object) -> float:
     # A writer of JSON may have shortened 3.0 to 3.
     if type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
         return float(value)  # type: ignore[arg-type]

@@ -7,8 +7,9 @@ sum_t [ce_0(t) + lambda / D * sum_k ce_k(t)] / T + auxiliary losses (DeepSeek-V3
 depth divides by the same T). So neither masks nor layouts change what a token weighs.
 """
 
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,8 +38,8 @@ class StepResult:
 
     `loss_sums` and `token_counts` [K] are cross-entropy sums and tokens per prediction depth over the
     global batch, the same on every rank. `grad_norm` is None and `applied` False where the gradients were
-    not finite: nothing was updated. `loads` [L, E] are tokens per expert of this pipeline stage's
-    L routers, `balance_losses` [L] their mean auxiliary losses.
+    not finite or the step was not accepted: nothing was updated. `loads` [L, E] are tokens per expert of
+    this pipeline stage's L routers, `balance_losses` [L] their mean auxiliary losses.
     """
 
     loss_sums: Tensor
@@ -155,9 +156,17 @@ class TrainingStep:
         return total
 
     def train(
-        self, batches: Iterator[dict[str, Tensor]] | None, micro_batches: int, scalars: Scalars
+        self,
+        batches: Iterator[dict[str, Tensor]] | None,
+        micro_batches: int,
+        scalars: Scalars,
+        accept: Callable[[Tensor, Tensor], bool] | None = None,
     ) -> StepResult:
-        """One optimizer step over `micro_batches` batches per replica; None where no data is needed."""
+        """One optimizer step over `micro_batches` batches per replica; None where no data is needed.
+
+        `accept` is asked with loss sums and token counts [K], on every rank alike; where it says no,
+        nothing is updated.
+        """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -174,11 +183,11 @@ class TrainingStep:
             seq_length=scalars.seq_length,
             training=True,
         )
-        set_learning_rate(self.optimizer, scalars.learning_rate, scalars.weight_decay)
-        try:
-            applied, grad_norm, _ = self.optimizer.step()
-        except NonFiniteGradientsError:
-            applied, grad_norm = False, None
+        applied, grad_norm = False, None
+        if accept is None or accept(sums, counts):
+            set_learning_rate(self.optimizer, scalars.learning_rate, scalars.weight_decay)
+            with contextlib.suppress(NonFiniteGradientsError):
+                applied, grad_norm, _ = self.optimizer.step()
         loads, balance_losses = self._router_statistics(micro_batches)
         if applied and self.config.model.moe.use_aux_loss_free:
             moe = self.config.model.moe
