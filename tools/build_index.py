@@ -6,10 +6,12 @@
 Takes every flag of pretrain_megads.py. Training builds what is missing by itself, on its first process
 while the others wait; a job that finds the index there starts at once. The index lies below
 data.cache_dir/index and does not depend on the number of processes, so this can run anywhere that sees
-the same data: on a login node, or in a job without GPUs.
+the same data: on a login node, or in a job without GPUs. data.preprocessing.num_workers processes share
+the work.
 """
 
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> int:
         for warning in repetition_warnings(config, corpus):
             print(f"warning: {warning}")
         if not arguments.dry_run:
-            made = build_index(corpus)
+            made = build_index(corpus, min(config.data.preprocessing.num_workers, os.cpu_count() or 1))
             seconds = time.monotonic() - started
             print(f"index: {made:,} files made, {seconds:.1f} s, in {index_directory(corpus.cache_dir)}")
     except MegadsError as error:

@@ -426,7 +426,7 @@ class Training(Section):
 class Preprocessing(Section):
     """Settings of the offline tools and of sample order."""
 
-    num_workers: int = setting(4, "processes that tokenize", gt=0)
+    num_workers: int = setting(4, "processes of the offline tools: tokenizing, building the index", gt=0)
     shuffle: bool = setting(True, "shuffle documents and samples; false is refused")
     shuffle_seed: int | None = setting(None, "seed of the sample order; null: the run's seed")
 

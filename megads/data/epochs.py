@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # of the order; a change of it changes what every seed gives
 # Epochs of a small source share a file, so that thousands of them are not thousands of files.
 BLOCK_ITEMS = 1 << 14
-PIECE_DOCUMENTS = 1 << 24
+PIECE_DOCUMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,13 @@ class EpochIndex:
         self._stem = directory / f"{re.sub(r'[^0-9A-Za-z_.-]', '_', part.name)[:60]}-{part.split}-{sha256}"
         self._blocks: dict[int, Arrays] = {}
 
-    def build(self, epochs: int) -> int:
-        """Make the files that the first `epochs` epochs lack; returns how many were made."""
-        made = 0
-        for block in range(-(-epochs // self.block_epochs)):
-            if load_arrays(self._file(block), check=True) is None:
-                self._build_block(block)
-                made += 1
-        return made
+    def missing(self, epochs: int) -> list[int]:
+        """The blocks that the first `epochs` epochs lack: not there, or damaged."""
+        blocks = range(-(-epochs // self.block_epochs))
+        return [block for block in blocks if load_arrays(self._file(block), check=True) is None]
 
     def epoch(self, number: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """(documents, boundaries, shuffle) of an epoch that `build` has made, in this process or another."""
+        """(documents, boundaries, shuffle) of an epoch whose block has been built, here or elsewhere."""
         block, row = divmod(number, self.block_epochs)
         if block not in self._blocks:
             found = load_arrays(self._file(block), check=False)
@@ -103,7 +99,8 @@ class EpochIndex:
     def _file(self, block: int) -> Path:
         return self._stem.with_name(f"{self._stem.name}-{block:06d}.epochs")
 
-    def _build_block(self, block: int) -> None:
+    def build_block(self, block: int) -> None:
+        """Make the file of one block; several processes may, each its own."""
         part, samples = self.part, self.part.samples_per_epoch
         group = ShardGroup.load(part.group_file)
         first = block * self.block_epochs

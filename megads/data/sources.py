@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -26,6 +27,7 @@ from megads.data.mix import Mix, MixPhase, normalized, phases_within_caps
 from megads.data.remote_shards import fetch_datasets, is_url
 from megads.data.shard_group import ShardGroup
 from megads.data.tokenizer import load_tokenizer, tokenizer_sha256
+from megads.data.workers import start_helper_process
 from megads.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -140,14 +142,28 @@ def plan_corpus(config: Config, samples: SampleCounts) -> Corpus:
     return Corpus(infos, blends, by_source, eod_id, sha256, config.data.cache_dir)
 
 
-def build_index(corpus: Corpus) -> int:
-    """Make the index files that the blends of a run lack; returns how many were made."""
+def build_index(corpus: Corpus, workers: int = 1) -> int:
+    """Make the index files that the blends of a run lack, on so many processes; returns how many."""
     directory = index_directory(corpus.cache_dir)
-    made = 0
+    epochs: dict[SourcePart, int] = {}
     for blend in [*corpus.blends.values(), *corpus.valid_by_source.values()]:
-        for part, epochs in epochs_needed(blend):
-            made += EpochIndex(part, directory).build(epochs)
-    return made
+        for part, count in epochs_needed(blend):
+            epochs[part] = max(count, epochs.get(part, 0))
+    indexes = {part: EpochIndex(part, directory) for part in epochs}
+    missing = [(part, block) for part, index in indexes.items() for block in index.missing(epochs[part])]
+    if workers == 1 or len(missing) < 2:
+        for part, block in missing:
+            indexes[part].build_block(block)
+        return len(missing)
+    missing.sort(key=lambda job: -job[0].documents)  # the longest first, so that none is left to the end
+    with ProcessPoolExecutor(min(workers, len(missing)), initializer=start_helper_process) as pool:
+        for _ in pool.map(_build_block, *zip(*missing, strict=True), [directory] * len(missing)):
+            pass
+    return len(missing)
+
+
+def _build_block(part: SourcePart, block: int, directory: Path) -> None:
+    EpochIndex(part, directory).build_block(block)
 
 
 def epochs_needed(blend: Blend) -> Iterator[tuple[SourcePart, int]]:

@@ -46,7 +46,6 @@ ALLOWED = {
     "data.dataset_version": RECORD,
     "data.sources[].description": RECORD,
     "data.preprocessing.shuffle": REFUSED,
-    "data.preprocessing.num_workers": "default of tools/preprocess_dolma.py --workers, which takes a flag",
     "distributed.backend": REFUSED + "; resolve derives it from the device",
     "distributed.launcher": LAUNCHER,
     **{

@@ -14,6 +14,7 @@ from megads.config.schema import Config
 from megads.data.blend import Datasets, SampleCounts, build_datasets
 from megads.data.indexed import data_files
 from megads.data.mix import normalized
+from megads.data.sources import build_index, plan_corpus
 from megads.errors import ConfigError, DataError
 
 from data_files import EOD_ID, numbered_documents, write_dataset  # isort: skip
@@ -204,6 +205,23 @@ def _flipped(content: bytes) -> bytes:
     changed = bytearray(content)
     changed[-20] ^= 4
     return bytes(changed)
+
+
+def test_processes_that_share_the_work_build_the_same_index(tmp_path: Path) -> None:
+    sources = []
+    for number, name in enumerate(("a", "b", "c")):
+        write_dataset(tmp_path / name, numbered_documents(300, 3, 500, seed=number), vocab_size=VOCAB)
+        sources.append({"name": name, "path": str(tmp_path / name)})
+    written = []
+    for workers in (1, 3):
+        config = config_of(tmp_path, sources, cache_dir=str(tmp_path / f"cache{workers}"))
+        corpus = plan_corpus(config, SampleCounts(60_000, 10))
+        made = build_index(corpus, workers)
+        files = sorted((tmp_path / f"cache{workers}" / "index").glob("*.epochs"))
+        assert made == len(files) > 6
+        assert build_index(corpus, workers) == 0
+        written.append({file.name: file.read_bytes() for file in files})
+    assert written[0] == written[1]
 
 
 def test_validation_does_without_a_source_that_is_too_small_for_it(

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from megads.config.resolve import resolve
 from megads.config.schema import Config
 from megads.data.blend import build_datasets
 from megads.data.indexed import IndexedWriter
-from megads.data.loader import Loader, build_loader
+from megads.data.loader import Loader, OneTensor, build_loader
 from megads.data.manifest import RECORD_FORMAT
 from megads.data.samples import PackedSamples
 from megads.data.sources import SampleCounts
@@ -156,6 +156,26 @@ def _is_zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def test_a_batch_arrives_as_it_was_packed() -> None:
+    """Shapes whose bytes do not fill whole alignments, types of every width, values of no shape."""
+    samples = [
+        {
+            "tokens": torch.arange(5) + i, "loss_mask": torch.rand(5),
+            "document_ids": torch.arange(3, dtype=torch.int32),
+            "flag": torch.tensor(i % 2 == 0), "small": torch.randint(-9, 9, (2, 3), dtype=torch.int8),
+        }
+        for i in range(3)
+    ]  # fmt: skip
+    packed = OneTensor.pack(samples)
+    assert packed.content.is_shared()
+    batch = packed.unpack()
+    expected = default_collate(samples)
+    assert list(batch) == list(expected)
+    for name, tensor in expected.items():
+        assert batch[name].dtype == tensor.dtype
+        assert torch.equal(batch[name], tensor)
 
 
 # ------------------------------------------------------------------ the ledger
