@@ -25,6 +25,7 @@ from megads.data.cleaning.quality import RULE_SETS
 from megads.data.cleaning.report import table, write_report
 from megads.data.cleaning.run import Progress, clean
 from megads.data.cleaning.scan import CleaningSettings
+from megads.data.documents import MAX_LINE_BYTES
 from megads.data.inputs import InputShard, find_inputs, find_shards, find_sources, shards_of_manifest
 from megads.errors import DataError, MegadsError
 
@@ -46,7 +47,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-line-mb", type=float, default=32.0, metavar="MB",
+        "--max-line-mb", type=float, default=MAX_LINE_BYTES / 2**20, metavar="MB",
         help="longer lines hold no document; give preprocessing the same (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

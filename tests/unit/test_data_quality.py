@@ -114,7 +114,8 @@ def test_gopher_duplicate_ngrams(n: int) -> None:
     verdicts = []
     for share in (limits[n] - 0.02, limits[n] + 0.005):
         total = 3000
-        blocks = round(total * share * 7 / 6 / n)  # the words have 6 characters of 7
+        in_words = share * 7 / 6  # a word has 6 characters, with its space 7
+        blocks = round(total * in_words / (n - in_words))
         words = distinct(total - blocks * n)
         repeated = [words[i * 2 * n : i * 2 * n + n] for i in range(blocks)]
         # A word of its own between the blocks, so that no longer run is repeated.
