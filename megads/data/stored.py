@@ -98,16 +98,15 @@ def _is_record(path: Path) -> bool:
 class SourceText:
     """The input that a dataset was made from, read again as its record says.
 
-    `input_path`: where the input is now, if not where it was. Raises DataError for a record without
+    Raises DataError for a record without
     an input, an input that is not there, and removals that are not there or are other ones.
     """
 
     record: dict[str, Any]
-    input_path: str | None = None
 
     def __post_init__(self) -> None:
         recorded = self.record.get("input") or {}
-        self.path = self.input_path or recorded.get("path")
+        self.path: str = recorded.get("path") or ""
         if not self.path or "settings" not in self.record:
             raise DataError("the record does not say what the dataset was made from")
         if not is_url(self.path) and not Path(self.path).is_file():
@@ -133,7 +132,6 @@ class SourceText:
 
     def documents(self) -> Iterator[Document]:
         """The documents of the dataset, in order."""
-        assert self.path
         with open_input(self.path) as file:
             for batch in read_line_batches(file, max_line_bytes=self.recipe.max_line_bytes):
                 yield from self.selection.documents(batch)

@@ -373,6 +373,7 @@ def test_a_second_run_does_nothing_and_a_changed_shard_is_seen(tmp_path: Path) -
     after = snapshot(tmp_path)
     scan = "work/scan/a/2.jsonl.scan/scan.json"
     assert after[scan] == before[scan], "an unchanged shard is not read again"
+    assert len(list((tmp_path / "work" / "stages").iterdir())) == 1
     assert found(tmp_path, "a", "2.jsonl") == {2: Removal("exact_duplicate")}
     with pytest.raises(DataError, match="another content"):
         read_removals(removals_path(tmp_path / "removals", "a", "1.jsonl"), "0" * 64)

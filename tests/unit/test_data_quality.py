@@ -205,3 +205,28 @@ def test_a_run_applies_rules_to_the_sources_named(tmp_path: Path) -> None:
     assert removals[3].cut(cut) == f"{PROSE}\n"
     assert reports[0].reasons["c4_sentences"].text_bytes == len("too few words")
     assert reports[1].reasons == {}
+
+
+def test_cuts_of_rules_and_of_paragraphs_are_joined(tmp_path: Path) -> None:
+    """A line that a rule cuts stands for no other: in a source without rules the same line stays."""
+    menu = "Home | News | About this company and all of its many products"
+    again = f"A second page starts here. It says little. Then it ends.\n{PROSE}\n{menu}"
+    write_json_lines(tmp_path / "a_web" / "1.jsonl", [f"{PROSE}\n{menu}", again])
+    write_json_lines(tmp_path / "code" / "1.jsonl", [f"{menu}\nother text", f"{menu}\nmore text"])
+    settings = CleaningSettings(
+        exact_documents=False, min_paragraph_characters=50, quality=("c4",), quality_sources=("a_web",)
+    )
+    shards = find_shards([str(tmp_path / "a_web"), str(tmp_path / "code")])
+    reports = clean(shards, tmp_path / "removals", settings, work=tmp_path / "work").reports
+    web, code = (
+        read_removals(path, read_removals_header(path).input_sha256)
+        for path in sorted((tmp_path / "removals").rglob("*.zst"))
+    )
+    assert {line: removal.reason for line, removal in web.items()} == {
+        1: "c4_lines",
+        2: "c4_lines+duplicate_paragraph",
+    }
+    assert web[1].cut(f"{PROSE}\n{menu}") == f"{PROSE}\n"
+    assert web[2].cut(again) == again[: again.index("It was late")]
+    assert {line: removal.reason for line, removal in code.items()} == {2: "duplicate_paragraph"}
+    assert reports[0].reasons["c4_lines+duplicate_paragraph"].characters_cut == len(PROSE) + 1 + len(menu)

@@ -7,6 +7,7 @@ removals depend on settings and input alone, not on the number of workers or of 
 
 import fcntl
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,6 +84,9 @@ def clean(
         for done, (number, report) in enumerate(ended, 1):
             reports[number] = report
             on_progress("writing", done / len(scans))
+        for other in stages.directory.parent.iterdir():
+            if other != stages.directory:
+                shutil.rmtree(other)  # of other input or settings, whose scans are gone too
     return CleaningResult(run, tuple(report for report in reports if report is not None))
 
 
