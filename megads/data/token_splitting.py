@@ -61,36 +61,40 @@ class RandomTokenSplitter:
         """
         assert len(keys) == lengths.size, "one key per document"
         places = np.flatnonzero(self._combined.take(ids))
-        ends = np.cumsum(lengths, dtype=np.int64)
-        documents = np.searchsorted(ends, places, side="right")
-        offsets = places - (ends - lengths)[documents]
-        chosen = self._draws(documents, offsets, keys) < np.float64(self.rate)
+        starts_of_documents = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+        counts = np.diff(np.searchsorted(places, starts_of_documents))
+        documents = np.repeat(np.arange(lengths.size), counts)
+        states = self._states(keys, np.flatnonzero(counts))
+        chosen = _draws(states[documents], places - starts_of_documents[documents]) < self.rate
         places, documents = places[chosen], documents[chosen]
         if not places.size:
             return ids, lengths
         split_ids = ids[places]
         starts, extra = self._starts[split_ids], self._counts[split_ids] - 1
-        split = ids.copy()
-        split[places] = self._parts[starts]
         # The further parts of each: consecutive places in `_parts`, without a loop over the splits.
-        within = np.arange(extra.sum()) - np.repeat(np.cumsum(extra) - extra, extra)
+        extra_before = np.cumsum(extra) - extra
+        within = np.arange(extra.sum()) - np.repeat(extra_before, extra)
         rest = self._parts[np.repeat(starts + 1, extra) + within]
-        split = np.insert(split, np.repeat(places + 1, extra), rest.astype(ids.dtype))
+        split = np.insert(ids, np.repeat(places + 1, extra), rest.astype(ids.dtype))
+        split[places + extra_before] = self._parts[starts]
         grown = np.bincount(documents, weights=extra, minlength=lengths.size).astype(np.int32)
         return split, lengths + grown
 
-    def _draws(
-        self, documents: NDArray[np.int64], offsets: NDArray[np.int64], keys: Sequence[bytes]
-    ) -> NDArray[np.float64]:
-        """A number in [0, 1) for each place in a document: SplitMix64 (Steele et al., 2014) of both."""
+    def _states(self, keys: Sequence[bytes], documents: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The start of the draws of each of these documents, 0 for others [len(keys)]."""
         states = np.zeros(len(keys), np.uint64)
-        for document in np.unique(documents).tolist():
+        for document in documents.tolist():
             digest = hashlib.blake2b(keys[document], digest_size=8, key=self._secret, person=PERSON).digest()
             states[document] = int.from_bytes(digest, "little")
-        z = states[documents] + (offsets.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return states
+
+
+def _draws(states: NDArray[np.uint64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each place in a document: SplitMix64 (Steele et al., 2014), at that step."""
+    z = states + (offsets.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def combined_tokens(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
