@@ -639,12 +639,25 @@ class Profile(Section):
     memory: bool = setting(False, "also allocations; on CUDA a memory snapshot")
 
 
+class Health(Section):
+    """When to warn about a run that goes on but not well."""
+
+    max_vio: float = setting(4.0, "MaxVio of a MoE layer above this", gt=0)
+    grad_norm_factor: float = setting(10.0, "gradient norm above this many times the usual", gt=1)
+    loss_above_ignorance: float = setting(
+        0.5, "loss this far above ln(vocabulary)", unit="nats per token", ge=0
+    )
+    stalled_intervals: int = setting(500, "log intervals without a new lowest loss", gt=0)
+    memory_share: float = setting(0.9, "share of the device's memory", gt=0, le=1)
+
+
 class Logging(Section):
     """Sinks of the metrics; console and `metrics.jsonl` are always on."""
 
     wandb: Wandb = Wandb()
     tensorboard: TensorBoard = TensorBoard()
     profile: Profile = Profile()
+    health: Health = Health()
 
 
 class Validation(Section):

@@ -6,53 +6,35 @@ run, bit by bit where the layout is the same.
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megads.checkpoint.store import CheckpointStore
-from megads.config import show
-from megads.config.flops import count_parameters, training_flops_per_token
+from megads.config.flops import training_flops_per_token
 from megads.config.resolve import Resolved
-from megads.config.scalars import Scalars, Schedules
+from megads.config.scalars import Schedules
 from megads.config.schema import Config
 from megads.data.blend import build_datasets
 from megads.data.loader import Loader, build_loader
 from megads.data.sources import sample_counts
 from megads.errors import TrainingError
 from megads.train.average import ParameterAverage
-from megads.train.console import ConsoleSink
-from megads.train.curve import draw_curve
 from megads.train.evaluate import Validation
-from megads.train.matmul_rate import peak_rate
-from megads.train.metrics import (
-    SpeedMeter,
-    StepMeter,
-    event_record,
-    peak_memory_bytes,
-    run_record,
-    train_record,
-    validation_record,
-)
 from megads.train.profiler import StepProfiler
+from megads.train.reporter import Reporter
 from megads.train.resume import checkpoint_record, find_checkpoint, restore
 from megads.train.rollback import roll_back
 from megads.train.signals import StopRequest
-from megads.train.sinks import METRICS_FILE, Sinks, open_sinks
 from megads.train.snapshot import sharded_state
 from megads.train.stability import SpikeWatch, Verdict
 from megads.train.state import TrainState
 from megads.train.step import StepResult, TrainingStep
 
 logger = logging.getLogger(__name__)
-
-CURVE_FILE = "loss_curve.png"
 
 
 def train(config: Config, resolved: Resolved) -> TrainState:
@@ -103,62 +85,13 @@ class Run:
         self.schedules = Schedules(config, resolved)
         self.validation = Validation(config, self.datasets, self.step)
         self.progress = _Progress(saved_step=self.state.step if found else -1)
-        self._open_meters()
+        self.reporter = Reporter(config, resolved, self.step, self.state)
 
     def build_datasets(self, skipped_samples: int) -> None:
         """The data of the run, and as much more as rollbacks have left out of it."""
         counts = sample_counts(self.config, self.resolved)
         counts = replace(counts, train=counts.train + skipped_samples)
         self.datasets = build_datasets(self.config, self.resolved, counts)
-
-    def _open_meters(self) -> None:
-        config, resolved = self.config, self.resolved
-        dist.barrier()  # so that all processes of a host measure their matmul rate at once
-        peak = peak_rate(resolved.device)
-        moe_layers = sum(resolved.shape.is_moe)
-        mtp_layers = resolved.shape.mtp_depth if resolved.shape.mtp_is_moe else 0
-        names = ["lm_loss", "grad_norm"]
-        names += ["mtp_loss"] if resolved.shape.mtp_depth else []
-        names += ["aux_loss"] if moe_layers and config.model.moe.balance_loss_type != "none" else []
-        self.meter = StepMeter(
-            names,
-            moe_layers=moe_layers + mtp_layers,
-            num_experts=config.model.moe.num_experts if moe_layers else 0,
-            device=torch.device(resolved.device),
-        )
-        self.router_rows = [router.index_among(resolved.shape.is_moe) for router in self.step.routers]
-        self.speed = SpeedMeter(
-            peak_flops_per_second=peak.flops_per_second,
-            processes=resolved.world_size,
-        )
-        self.sinks = Sinks([])
-        self.console: ConsoleSink | None = None
-        if not self.leads:
-            return
-        show.save(config, resolved, config.output_dir)
-        self.open_sinks()
-        logger.info("MFU counts %.3g FLOP/s per process as 100%%: %s", peak.flops_per_second, peak.source)
-        self.console = ConsoleSink(resolved.train_steps, first_step=self.state.step)
-        self.write(
-            run_record(
-                self.state,
-                total_tokens=resolved.total_tokens,
-                train_steps=resolved.train_steps,
-                vocab_size=config.model.vocab_size,
-                layout=layout_text(resolved),
-                parameters=count_parameters(config).total_with_mtp,
-                flops_per_token=training_flops_per_token(config),
-            )
-        )
-
-    def open_sinks(self) -> None:
-        """Sinks that go on after the step of the state; what they held beyond it is set aside."""
-        self.sinks.close()
-        self.sinks = open_sinks(
-            self.config, tensorboard_dir=self.resolved.tensorboard_dir, resumed_step=self.state.step
-        )
-
-    # ------------------------------------------------------------------ the loop
 
     def to_the_end(self) -> TrainState:
         """All remaining steps; then the last checkpoint, the last evaluation and the loss curve."""
@@ -193,9 +126,7 @@ class Run:
             self.stop.close()
             if isinstance(self.loader, Loader):
                 self.loader.close()
-            self.sinks.close()
-            if self.console is not None:
-                self.console.close()
+            self.reporter.close()
         return self.state
 
     def open_loader(self) -> None:
@@ -228,7 +159,7 @@ class Run:
             self._accept(result.loss_sums, result.token_counts)
         tokens = batch_size * self.config.training.seq_length
         flops = tokens * training_flops_per_token(self.config, seq_length=scalars.seq_length)
-        seconds = self.speed.step_done(tokens, flops)
+        seconds = self.reporter.step_time(tokens, flops)
         self.state.advance(
             samples=batch_size,
             tokens=tokens,
@@ -239,11 +170,10 @@ class Run:
         if self.average is not None and result.applied:
             self.average.update(self.state.step)
         self._count_skipped(result)
-        self._measure(result)
+        self.reporter.step_done(result, self.state)
         if self.state.step % self.config.training.log_interval == 0:
-            self._log(batch_size, scalars)
-        if self.console is not None:
-            self.console.step_done(self.state.step)
+            sampled = self.datasets.sampled(self.state.samples)
+            self.reporter.interval(self.state, scalars, batch_size, sampled)
 
     def _accept(self, loss_sums: Tensor, token_counts: Tensor) -> bool:
         """Judge the loss of the step that is under way: whether its update is to be made."""
@@ -252,9 +182,9 @@ class Run:
         if self.verdict.action == "accept":
             return True
         self.state.spikes += 1
-        self.write(event_record(self.state.step + 1, self.state.tokens, "spike", self.verdict.facts()))
-        if self.leads:
-            logger.warning("step %d: %s", self.state.step + 1, self.verdict.text())
+        self.reporter.event(
+            self.state.step + 1, self.state.tokens, "spike", self.verdict.facts(), self.verdict.text()
+        )
         return self.verdict.action == "warn"
 
     def _count_skipped(self, result: StepResult) -> None:
@@ -264,8 +194,9 @@ class Run:
         assert self.verdict is not None
         self.progress.skipped_in_a_row += 1
         not_finite = self.verdict.action in ("accept", "warn")
-        if self.leads and not_finite:
-            logger.warning("step %d skipped: its gradients are not finite", self.state.step)
+        if not_finite:
+            text = "skipped: its gradients are not finite"
+            self.reporter.event(self.state.step, self.state.tokens, "skip", {}, text)
         most = self.config.training.stability.max_skipped_steps
         if self.progress.skipped_in_a_row >= most and self.verdict.action != "rollback":
             what = "gradients that are not finite" if not_finite else "losses far above the recent ones"
@@ -275,40 +206,13 @@ class Run:
                 'data read since then; training.stability.spike_policy = "rollback" does both'
             )
 
-    def _measure(self, result: StepResult) -> None:
-        meter = self.meter
-        meter.add_sum("lm_loss", result.loss_sums[0], result.token_counts[0])
-        if self.resolved.shape.mtp_depth:
-            meter.add_sum("mtp_loss", result.loss_sums[1:].sum(), result.token_counts[1:].sum())
-        if result.grad_norm is not None:
-            meter.add("grad_norm", result.grad_norm)
-        if len(result.balance_losses):
-            if self.config.model.moe.balance_loss_type != "none":
-                meter.add_sum("aux_loss", result.balance_losses.sum(), len(result.balance_losses))
-            meter.add_expert_load(result.loads, self.router_rows)
-        meter.step_done()
-
-    def _log(self, batch_size: int, scalars: Scalars) -> None:
-        averages = self.meter.drain(dist.all_reduce)
-        speed = self.speed.interval(self.resolved.total_tokens - self.state.tokens)
-        self.write(
-            train_record(
-                self.state,
-                averages,
-                speed,
-                scalars=scalars,
-                batch_size=batch_size,
-                peak_memory_bytes=peak_memory_bytes(self.resolved.device),
-            )
-        )
-
     def _after_step(self, last_step: int) -> None:
         """Evaluation and checkpoints that are due, but for those of the last step."""
         step, training = self.state.step, self.config.training
         self.store.poll()
         if step == last_step:
             return
-        with self.speed.excluded():
+        with self.reporter.not_training():
             if training.eval_interval and step % training.eval_interval == 0:
                 self._evaluate()
             if training.save_interval and step % training.save_interval == 0:
@@ -326,8 +230,8 @@ class Run:
         if self.progress.saved_step != self.state.step:
             self.save()
         self.store.wait()
-        if self.leads:
-            self._report_end(completed)
+        last = self.store.last_saved
+        self.reporter.end(self.state, completed, last.path if last else None)
 
     def _evaluate(self) -> None:
         if self.datasets.valid is None:
@@ -339,13 +243,10 @@ class Run:
                 average_loss, _ = self.validation.run(by_source=False)
         is_best = self.state.record_validation(loss)
         self.progress.validation_loss, self.progress.validated_step = loss, self.state.step
-        self.write(
-            validation_record(
-                self.state, loss, loss_by_source=by_source, average_loss=average_loss, is_best=is_best
-            )
-        )
+        self.reporter.evaluation(self.state, loss, by_source, average_loss, is_best)
 
     def save(self) -> None:
+        """Save the state after its step."""
         checkpointing = self.config.checkpointing
         self.step.gather_parameters()
         metrics = {}
@@ -358,42 +259,3 @@ class Run:
         )
         self.store.save(self.state.step, state, record, metrics)
         self.progress.saved_step = self.state.step
-
-    def write(self, record: dict[str, Any]) -> None:
-        if not self.leads:
-            return
-        self.sinks.write(record)
-        assert self.console is not None
-        self.console.write(record)
-
-    def _report_end(self, completed: bool) -> None:
-        output = Path(self.config.output_dir)
-        what = "finished" if completed else "stopped; start it again to go on"
-        logger.info("step %d of %d, %s", self.state.step, self.resolved.train_steps, what)
-        if self.store.last_saved is not None:
-            logger.info("checkpoint   %s", os.path.relpath(self.store.last_saved.path))
-        if self.state.step >= self.config.training.log_interval:
-            curve = draw_curve(output / METRICS_FILE, output / CURVE_FILE, title=self.config.experiment_name)
-            logger.info("loss curve   %s", os.path.relpath(curve))
-        if self.config.logging.tensorboard.enabled:
-            logger.info(
-                "TensorBoard  tensorboard --logdir %s", os.path.relpath(self.resolved.tensorboard_dir)
-            )
-
-
-# ------------------------------------------------------------------ setting up
-
-
-def layout_text(resolved: Resolved) -> str:
-    """The parallel layout for people: the sizes that are not 1."""
-    sizes = {
-        "TP": resolved.tp,
-        "PP": resolved.pp,
-        "VPP": resolved.vpp or 1,
-        "CP": resolved.cp,
-        "EP": resolved.ep,
-        "ETP": resolved.etp,
-        "DP": resolved.dp,
-    }
-    named = [f"{name}{size}" for name, size in sizes.items() if size > 1]
-    return " ".join(named) if named else "one process"

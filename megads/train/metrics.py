@@ -16,6 +16,7 @@ Lists hold one value per MoE layer. A value that is unknown or not finite is nul
 """
 
 import math
+import os
 import resource
 import sys
 import time
@@ -229,9 +230,13 @@ def train_record(
     *,
     scalars: Scalars,
     batch_size: int,
+    sampled: Mapping[str, int] | None = None,
     peak_memory_bytes: int | None = None,
 ) -> Record:
-    """The record of a log interval that ended with `state`; `scalars` are those of its last step."""
+    """The record of a log interval that ended with `state`; `scalars` are those of its last step.
+
+    `sampled` are the sequences of each source so far: their shares show the mix that was really seen.
+    """
     record: Record = {
         "kind": "train",
         "step": state.step,
@@ -246,6 +251,8 @@ def train_record(
         "wall_seconds": state.wall_seconds,
         "total_flops": state.flops,
     }
+    seen = sum((sampled or {}).values())
+    record |= {f"share/{name}": count / seen for name, count in (sampled or {}).items() if seen}
     if peak_memory_bytes is not None:
         record["peak_memory_bytes"] = peak_memory_bytes
     if averages.max_vio:
@@ -312,6 +319,14 @@ def peak_memory_bytes(device: torch.device | str) -> int:
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
+
+
+def memory_bytes(device: torch.device | str) -> int:
+    """All memory that `peak_memory_bytes` is to be compared with: of the GPU, or of the host."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _means(sum_and_weight: Tensor) -> list[float | None]:

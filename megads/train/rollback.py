@@ -6,20 +6,14 @@ checkpoint of the same step: its commit sets the checkpoints of the left branch 
 finds this one and knows how often the run went back.
 """
 
-import logging
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from megads.errors import TrainingError
-from megads.train.metrics import event_record
 from megads.train.resume import restore
 from megads.train.stability import SpikeWatch, Verdict
 
 if TYPE_CHECKING:
     from megads.train.loop import Run
-
-logger = logging.getLogger(__name__)
 
 
 def roll_back(run: "Run", verdict: Verdict) -> None:
@@ -55,17 +49,7 @@ def roll_back(run: "Run", verdict: Verdict) -> None:
     run.open_loader()
     run.save()
     run.store.wait()
-    if run.leads:
-        run.open_sinks()
-        logger.warning(
-            "%s: back at step %d, %d samples left out, learning rate times %g from now on (%d of at most %d)",
-            spike,
-            state.step,
-            state.skipped_samples,
-            state.lr_factor,
-            state.rollbacks,
-            settings.max_rollbacks,
-        )
+    run.reporter.reopen_sinks(state)
     facts = {
         "from_step": left.step,
         "first_bad_step": verdict.first_bad_step,
@@ -75,5 +59,8 @@ def roll_back(run: "Run", verdict: Verdict) -> None:
         "lr_factor": state.lr_factor,
         "rollbacks": state.rollbacks,
     }
-    run.write(event_record(state.step, state.tokens, "rollback", facts))
-    dist.barrier()
+    text = (
+        f"{spike}: back here, {state.skipped_samples} samples left out, learning rate times "
+        f"{state.lr_factor:g} from now on ({state.rollbacks} of at most {settings.max_rollbacks})"
+    )
+    run.reporter.event(state.step, state.tokens, "rollback", facts, text)

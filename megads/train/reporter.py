@@ -1,0 +1,211 @@
+"""What a run says while it goes on: one place that knows meters, sinks, console and health.
+
+The loop tells it what happened; who is told, and on which ranks, is decided here.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megads.config import show
+from megads.config.flops import count_parameters, training_flops_per_token
+from megads.config.resolve import Resolved
+from megads.config.scalars import Scalars
+from megads.config.schema import Config
+from megads.train.console import ConsoleSink
+from megads.train.curve import draw_curve
+from megads.train.health import HealthWatch
+from megads.train.matmul_rate import peak_rate
+from megads.train.metrics import (
+    Record,
+    SpeedMeter,
+    StepMeter,
+    event_record,
+    memory_bytes,
+    peak_memory_bytes,
+    run_record,
+    train_record,
+    validation_record,
+)
+from megads.train.sinks import METRICS_FILE, Sinks, open_sinks
+from megads.train.state import TrainState
+from megads.train.step import StepResult, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+CURVE_FILE = "loss_curve.png"
+
+
+class Reporter:
+    """Every rank has one and tells it the same; rank 0 writes. `close` it at the end."""
+
+    def __init__(self, config: Config, resolved: Resolved, step: TrainingStep, state: TrainState) -> None:
+        self._config, self._resolved = config, resolved
+        self._leads = dist.get_rank() == 0
+        dist.barrier()  # so that all processes of a host measure their matmul rate at once
+        peak = peak_rate(resolved.device)
+        self._speed = SpeedMeter(peak_flops_per_second=peak.flops_per_second, processes=resolved.world_size)
+        self._meter = _step_meter(config, resolved)
+        self._router_rows = [router.index_among(resolved.shape.is_moe) for router in step.routers]
+        self._health = HealthWatch(
+            config.logging.health,
+            vocab_size=config.model.vocab_size,
+            memory_bytes=memory_bytes(resolved.device),
+        )
+        self._sinks = Sinks([])
+        self._console: ConsoleSink | None = None
+        if not self._leads:
+            return
+        show.save(config, resolved, config.output_dir)
+        self.reopen_sinks(state)
+        logger.info("MFU counts %.3g FLOP/s per process as 100%%: %s", peak.flops_per_second, peak.source)
+        self._console = ConsoleSink(resolved.train_steps, first_step=state.step)
+        self._write(
+            run_record(
+                state,
+                total_tokens=resolved.total_tokens,
+                train_steps=resolved.train_steps,
+                vocab_size=config.model.vocab_size,
+                layout=layout_text(resolved),
+                parameters=count_parameters(config).total_with_mtp,
+                flops_per_token=training_flops_per_token(config),
+            )
+        )
+
+    def reopen_sinks(self, state: TrainState) -> None:
+        """Go on after the step of `state`; what the sinks held beyond it is set aside."""
+        if self._leads:
+            self._sinks.close()
+            self._sinks = open_sinks(
+                self._config, tensorboard_dir=self._resolved.tensorboard_dir, resumed_step=state.step
+            )
+
+    def step_time(self, tokens: int, flops: float) -> float:
+        """Count a step of so many tokens and model FLOPs (of the job); the seconds it took."""
+        return self._speed.step_done(tokens, flops)
+
+    def not_training(self) -> AbstractContextManager[None]:
+        """What runs inside does not count as training time."""
+        return self._speed.excluded()
+
+    def step_done(self, result: StepResult, state: TrainState) -> None:
+        """Take in what a step measured."""
+        meter = self._meter
+        meter.add_sum("lm_loss", result.loss_sums[0], result.token_counts[0])
+        if self._resolved.shape.mtp_depth:
+            meter.add_sum("mtp_loss", result.loss_sums[1:].sum(), result.token_counts[1:].sum())
+        if result.grad_norm is not None:
+            meter.add("grad_norm", result.grad_norm)
+        if len(result.balance_losses):
+            if self._config.model.moe.balance_loss_type != "none":
+                meter.add_sum("aux_loss", result.balance_losses.sum(), len(result.balance_losses))
+            meter.add_expert_load(result.loads, self._router_rows)
+        meter.step_done()
+        if self._console is not None:
+            self._console.step_done(state.step)
+
+    def interval(
+        self, state: TrainState, scalars: Scalars, batch_size: int, sampled: Mapping[str, int]
+    ) -> None:
+        """Write a log interval; collective. `sampled`: sequences of each source so far."""
+        averages = self._meter.drain(dist.all_reduce)
+        speed = self._speed.interval(self._resolved.total_tokens - state.tokens)
+        if not self._leads:
+            return
+        record = train_record(
+            state,
+            averages,
+            speed,
+            scalars=scalars,
+            batch_size=batch_size,
+            sampled=sampled,
+            peak_memory_bytes=peak_memory_bytes(self._resolved.device),
+        )
+        self._write(record)
+        for name, text in self._health.look(record):
+            self.event(state.step, state.tokens, "health", {"trouble": name, "text": text}, text)
+
+    def evaluation(
+        self,
+        state: TrainState,
+        loss: float,
+        by_source: Mapping[str, float],
+        average_loss: float | None,
+        is_best: bool,
+    ) -> None:
+        """Write an evaluation."""
+        self._write(
+            validation_record(
+                state, loss, loss_by_source=by_source, average_loss=average_loss, is_best=is_best
+            )
+        )
+
+    def event(self, step: int, tokens: int, event: str, facts: Mapping[str, Any], text: str) -> None:
+        """Write something out of the ordinary; `text` is the warning for people."""
+        if self._leads:
+            logger.warning("step %d: %s", step, text)
+        self._write(event_record(step, tokens, event, facts))
+
+    def end(self, state: TrainState, completed: bool, checkpoint: Path | None) -> None:
+        """Draw the loss curve, and say where everything lies."""
+        if not self._leads:
+            return
+        output = Path(self._config.output_dir)
+        what = "finished" if completed else "stopped; start it again to go on"
+        logger.info("step %d of %d, %s", state.step, self._resolved.train_steps, what)
+        if checkpoint is not None:
+            logger.info("checkpoint   %s", os.path.relpath(checkpoint))
+        if state.step >= self._config.training.log_interval:
+            curve = draw_curve(output / METRICS_FILE, output / CURVE_FILE, title=self._config.experiment_name)
+            logger.info("loss curve   %s", os.path.relpath(curve))
+        if self._config.logging.tensorboard.enabled:
+            logger.info(
+                "TensorBoard  tensorboard --logdir %s", os.path.relpath(self._resolved.tensorboard_dir)
+            )
+
+    def _write(self, record: Record) -> None:
+        if self._leads:
+            self._sinks.write(record)
+            if self._console is not None:
+                self._console.write(record)
+
+    def close(self) -> None:
+        """Close sinks and console."""
+        self._sinks.close()
+        if self._console is not None:
+            self._console.close()
+
+
+def _step_meter(config: Config, resolved: Resolved) -> StepMeter:
+    moe_layers = sum(resolved.shape.is_moe)
+    mtp_layers = resolved.shape.mtp_depth if resolved.shape.mtp_is_moe else 0
+    names = ["lm_loss", "grad_norm"]
+    names += ["mtp_loss"] if resolved.shape.mtp_depth else []
+    names += ["aux_loss"] if moe_layers and config.model.moe.balance_loss_type != "none" else []
+    return StepMeter(
+        names,
+        moe_layers=moe_layers + mtp_layers,
+        num_experts=config.model.moe.num_experts if moe_layers else 0,
+        device=torch.device(resolved.device),
+    )
+
+
+def layout_text(resolved: Resolved) -> str:
+    """The parallel layout for people: the sizes that are not 1."""
+    sizes = {
+        "TP": resolved.tp,
+        "PP": resolved.pp,
+        "VPP": resolved.vpp or 1,
+        "CP": resolved.cp,
+        "EP": resolved.ep,
+        "ETP": resolved.etp,
+        "DP": resolved.dp,
+    }
+    named = [f"{name}{size}" for name, size in sizes.items() if size > 1]
+    return " ".join(named) if named else "one process"
