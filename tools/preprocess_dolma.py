@@ -89,7 +89,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="put lines without a document, and damaged files, aside (PREFIX.quarantine.jsonl)")  # fmt: skip
     add("--quarantine-quota", type=float, metavar="SHARE",
         help=f"lines of a shard, and bytes of damaged files in all (default: {DEFAULT_QUOTA})")  # fmt: skip
-    add("--max-line-mb", type=float, default=32.0, metavar="MB",
+    add("--max-line-mb", type=float, default=16.0, metavar="MB",
         help="longer lines hold no document; bounds memory (default: %(default)s)")  # fmt: skip
 
     add = parser.add_argument_group("work").add_argument

@@ -22,7 +22,7 @@ from megads.data.input_file import READ_ERRORS, InputFile, decompressed
 from megads.errors import DataError
 
 BATCH_BYTES = 1 << 20
-MAX_LINE_BYTES = 32 << 20
+MAX_LINE_BYTES = 16 << 20
 NEWLINE = ord("\n")
 SURROGATE = re.compile("[\ud800-\udfff]")
 JSON_NAMES = {

@@ -1,5 +1,8 @@
 """Texts of documents to token ids: tokenizer, fill-in-the-middle, token splitting, end of document."""
 
+import ctypes
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +12,15 @@ from numpy.typing import NDArray
 
 from megads.data.fim import FillInTheMiddle, Mode
 from megads.data.indexed import token_type
-from megads.data.recipe import Recipe, one_core_per_process
+from megads.data.recipe import Recipe
 from megads.data.selection import Document
 from megads.data.token_splitting import RandomTokenSplitter
 from megads.data.tokenizer import load_tokenizer
+
+# malloc.h of glibc. By default each large block that is freed raises the size from which blocks are mapped
+# by themselves, so that those of a long document stay with the process; fixed, they go back.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MAPPED_BLOCK_BYTES, TRIMMED_BYTES = 4 << 20, 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,7 @@ class Encoder:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        one_core_per_process()
+        _settle_process()
         self.recipe = recipe
         self.tokenizer = load_tokenizer(recipe.tokenizer, eod_token=recipe.eod_token)
         self.settings = recipe.settings(self.tokenizer.sha256)
@@ -87,3 +95,12 @@ class Encoder:
             tokens[end + number] = self.tokenizer.eod_id
             start = end
         return tokens, lengths + np.int32(1)
+
+
+def _settle_process() -> None:
+    """One core and bounded memory for this process, before the tokenizer libraries are first used."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BLOCK_BYTES)
+        mallopt(M_TRIM_THRESHOLD, TRIMMED_BYTES)

@@ -1,7 +1,6 @@
 """How documents become tokens: everything a user chooses about it, and its name in the records."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +87,3 @@ class Recipe:
 def settings_sha256(settings: dict[str, Any]) -> str:
     """Two datasets with the same hash were made alike."""
     return hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def one_core_per_process() -> None:
-    """Keep the tokenizer libraries from starting threads; to be called before they are first used."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"

@@ -138,6 +138,31 @@ def test_a_job_array_makes_what_one_job_makes(corpus: Path, tokenizer: Path, tmp
         assert (files(tmp_path / "one") == files(tmp_path / "two")) == (task == 1)
 
 
+def test_the_batch_script_shares_the_work_of_a_job_array(
+    corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """With a stand-in for srun, as SLURM would start each task."""
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nexec "$@"\n')
+    srun.chmod(0o755)
+    array = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
+    paths = f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shards = []
+    for task in ("1", "2"):
+        said = subprocess.run(
+            ["bash", ROOT / "slurm" / "preprocess_dolma.sbatch", "--input-root", corpus,
+             "--output-root", tmp_path / "out", "--tokenizer", tokenizer,
+             "--sources", ROOT / "configs" / "data" / "dolma_sources.json"],
+            env=os.environ | array
+            | {"SLURM_ARRAY_TASK_ID": task, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": paths},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert f"Task {int(task) - 1} of 2" in said.stderr
+        shards.append(len(list((tmp_path / "out").rglob("*.idx"))))
+    assert 0 < shards[0] < shards[1] == len(list(corpus.rglob("*.gz")))
+
+
 def test_one_dataset_and_what_can_go_wrong(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     source = sorted((corpus / "licenses").glob("*.gz"))[0]
     output = tmp_path / "out" / "licenses"

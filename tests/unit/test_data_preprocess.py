@@ -153,7 +153,7 @@ def test_datasets_of_others_are_not_replaced(tmp_path: Path, corpus: Path, recip
     other = Recipe(recipe.tokenizer, max_line_bytes=1000)
     before = contents(tmp_path / "out")
     with pytest.raises(
-        DataError, match=r"other settings \(max_line_bytes: 33554432, now 1000\).*--overwrite"
+        DataError, match=r"other settings \(max_line_bytes: 16777216, now 1000\).*--overwrite"
     ):
         preprocess(shards, other)
     moved = write_json_lines(tmp_path / "elsewhere" / "a.jsonl", TEXTS)
