@@ -157,7 +157,9 @@ def _entries(stages: Stages, shard: int) -> tuple[dict[int, Removal], ShardRepor
             report.contaminated.append({"line": int(lines[row]), "detail": verdict.detail})
     for reason, results in ((EXACT, stages.equal()), (NEAR, [stages.near()])):
         for found in _found(stages, results, shard):
-            drop(int(found["document"] - corpus.starts[shard]), reason, _place(corpus, int(found["first"])))
+            wanted = len(report.examples.get(reason, ())) < EXAMPLES  # it takes a look at another file
+            place = _place(corpus, int(found["first"])) if wanted else ""
+            drop(int(found["document"] - corpus.starts[shard]), reason, place)
     for found in _found(stages, stages.paragraphs(), shard):
         row = int(found["document"] - corpus.starts[shard])
         cuts.setdefault(row, []).append((PARAGRAPH, (int(found["start"]), int(found["end"]))))

@@ -39,15 +39,18 @@ def paragraphs(text: str, min_characters: int) -> Iterator[Paragraph]:
     while start < length:
         end = text.find("\n", start)
         end = length if end < 0 else end
-        line = text[start:end].strip()
-        after = end
-        while after < length and text[after] in "\r\n":
-            after += 1
-        if len(line) >= min_characters:
+        # Most lines are short; they are passed by without a copy.
+        if end - start >= min_characters and len(line := text[start:end].strip()) >= min_characters:
+            after = end
+            while after < length and text[after] in "\r\n":
+                after += 1
             # Blank lines at the start of the text go with its first paragraph.
             yield Paragraph(start if begun else 0, after, text_key(line))
-        begun = begun or bool(line)
-        start = after if after > end else end + 1
+            begun = True
+            start = after
+            continue
+        begun = begun or bool(text[start:end].strip())
+        start = end + 1
 
 
 def repeats(keys: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
