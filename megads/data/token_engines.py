@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from megads.data.unicode_gaps import contains_any, unknown_characters
 
 # The process may grow by this much before the engine is made anew. 200 MB of prose, code and tables make it
-# grow by 80 MB. Words that never repeat fill a table that doubles at once, from 134 MB to 268: not so far.
+# grow by 80 MB; words that never repeat fill a table that doubles at 134 MB, which this stays below.
 CACHE_BYTES = 112 << 20
 # Making the engine anew costs 0.3 to 0.6 s: not more often than this, whatever else the process allocates.
 RENEWAL_TEXT_CHARACTERS = 8 << 20

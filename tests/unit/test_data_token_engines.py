@@ -2,6 +2,8 @@
 
 import logging
 import random
+import subprocess
+import sys
 import sysconfig
 import unicodedata
 from collections.abc import Callable
@@ -10,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-import psutil
 import pytest
 import sentencepiece
 import tokenizers
@@ -304,26 +305,50 @@ def test_no_parts_where_a_line_does_not_start_a_word(deepseek: Path, neox: Path,
     assert not token_engines._lines_stand_alone(spec)
 
 
-def test_memory_is_bounded_by_making_the_engine_anew(deepseek: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GROWTH = """
+import random, sys
+from pathlib import Path
+import psutil
+from megads.data import token_engines
+from megads.data.tokenizer_huggingface import HuggingFaceTokenizer
+
+path, limit = Path(sys.argv[1]), int(sys.argv[2])
+token_engines.CACHE_BYTES, token_engines.RENEWAL_TEXT_CHARACTERS = limit, 1 << 20
+engine = HuggingFaceTokenizer(path, path.read_bytes(), None)._fast
+rng, process = random.Random(0), psutil.Process()
+batches = [["".join(rng.choices("abcdefghijklmnop \\n", k=1 << 20))] for _ in range(16)]
+engine.encode(["a"])
+start, most = process.memory_info().rss, 0
+for batch in batches:
+    engine.encode(batch)
+    most = max(most, process.memory_info().rss - start)
+print(most, engine.renewals)
+"""
+
+
+def test_memory_is_bounded_by_making_the_engine_anew(deepseek: Path) -> None:
     """Text of words that never repeat makes the engine remember all of them."""
-    rng = random.Random(0)
-    letters = "abcdefghijklmnop"
-    text = "\n".join("".join(rng.choices(letters, k=7)) for _ in range(1_500_000))  # 12 MB
-    batches = [text[i : i + (1 << 20)] for i in range(0, len(text), 1 << 20)]
 
-    def growth(engine: GigatokenEngine) -> int:
-        start, most = psutil.Process().memory_info().rss, 0
-        for batch in batches:
-            engine.encode([batch])
-            most = max(most, psutil.Process().memory_info().rss - start)
-        return most
+    def growth(limit_bytes: int) -> tuple[int, int]:
+        root = str(Path(token_engines.__file__).parents[2])
+        command = [sys.executable, "-c", GROWTH, str(deepseek), str(limit_bytes)]
+        said = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True, timeout=120)
+        most_bytes, renewals = map(int, said.stdout.split())
+        return most_bytes, renewals
 
-    unbounded = growth(engine_of(deepseek))
-    monkeypatch.setattr(token_engines, "CACHE_BYTES", 16 << 20)
-    monkeypatch.setattr(token_engines, "RENEWAL_TEXT_CHARACTERS", 1 << 20)
+    unbounded_bytes, none = growth(1 << 40)
+    bounded_bytes, renewals = growth(16 << 20)
+    assert none == 0
+    assert renewals >= 2
+    assert unbounded_bytes > 64 << 20
+    assert bounded_bytes < unbounded_bytes / 2
+
+
+def test_an_engine_made_anew_gives_the_same_ids(deepseek: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = as_lists(engine_of(deepseek).encode(HARD))
     engine = engine_of(deepseek)
-    bounded = growth(engine)
-    assert engine.renewals >= 2
-    assert unbounded > 100 << 20
-    assert bounded < unbounded / 2
-    assert as_lists(engine.encode(HARD)) == as_lists(engine_of(deepseek).encode(HARD))
+    monkeypatch.setattr(token_engines, "CACHE_BYTES", -1)
+    monkeypatch.setattr(token_engines, "RENEWAL_TEXT_CHARACTERS", 0)
+    assert as_lists(engine.encode(HARD)) == expected
+    assert engine.renewals == 1
+    assert as_lists(engine.encode(HARD)) == expected
