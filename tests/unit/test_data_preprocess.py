@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
@@ -302,6 +303,38 @@ def test_fill_in_the_middle_by_document_whatever_the_order(tmp_path: Path, recip
     assert 150 < changed < 250
     assert record["fim"]["rate"] == changed / len(TEXTS)
     assert 0 < record["fim"]["spm_documents"] < changed
+
+
+def test_combined_tokens_are_split_by_document_whatever_the_order(tmp_path: Path) -> None:
+    texts = [f"word {i}.\n\nnext word;\n(end)!\n" * (i % 7 + 1) for i in range(100)]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pattern = tokenizers.Regex(r"\p{P}+[\r\n]*|\s?\p{L}+|\s+|\d")
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(pattern, "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, show_progress=False, initial_alphabet=alphabet)
+    model.train_from_iterator(texts, trainer)
+    model.add_special_tokens(["<|endoftext|>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    records = [{"id": str(i), "text": text} for i, text in enumerate(texts)]
+    write_records(tmp_path / "in" / "web" / "a.jsonl", records)
+    write_records(tmp_path / "in" / "web" / "b.jsonl", records[::-1])
+    read = {}
+    for rate in (0.0, 0.5):
+        recipe = Recipe(str(tmp_path / "tokenizer.json"), split_punctuation_rate=rate)
+        preprocess(shards_of(tmp_path / "in", tmp_path / str(rate)), recipe)
+        read[rate] = ids_of(tmp_path / str(rate) / "web" / "a")
+        assert read[rate] == ids_of(tmp_path / str(rate) / "web" / "b")[::-1]
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        assert [tokenizer.decode(ids[:-1]) for ids in read[rate]] == texts
+    pieces = {i: tokenizer.decode([i]) for ids in read[0.0] for i in ids}
+    combined = {i for i, piece in pieces.items() if piece.endswith("\n") and piece.strip()}
+    whole, left = (sum(i in combined for ids in read[rate] for i in ids) for rate in (0.0, 0.5))
+    assert whole == 3 * sum(i % 7 + 1 for i in range(100))
+    assert 0.4 * whole < left < 0.6 * whole
 
 
 def test_documents_without_id_are_known_by_their_text(tmp_path: Path, recipe: Recipe) -> None:
