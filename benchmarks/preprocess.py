@@ -343,7 +343,8 @@ def measure(options: argparse.Namespace, corpus: Path, work: Path) -> None:
         f"{'limit, 1 core':32} {limit:8.2f} MB/s  ({shares}); MegaDS is at {rates[1] / limit:.0%} of it",
         flush=True,
     )
-    compare(options, corpus, work, rates[1])
+    if options.megatron_lm or options.datatrove_python or options.dolma_bin:
+        compare(options, corpus, work, rates[1])
 
 
 if __name__ == "__main__":

@@ -266,6 +266,8 @@ def _pick(found: Any, places: tuple[tuple[str, str, tuple[str, ...]], ...]) -> d
 
 
 def _is_utf8(data: bytes) -> bool:
+    if data.isascii():
+        return True
     try:
         data.decode()
     except UnicodeDecodeError:
