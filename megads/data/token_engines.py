@@ -233,13 +233,16 @@ def _merged(merge: Any) -> str:
 
 def _suspicious_tokens(spec: dict[str, Any], unknown: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """For each id: does the token hold an unknown character, or end in what may be the start of one?"""
-    byte_of = str.maketrans({character: chr(byte) for byte, character in _byte_alphabet().items()})
+    alphabet = _byte_alphabet()
+    byte_of = str.maketrans({character: chr(byte) for byte, character in alphabet.items()})
+    # Most tokens are of ASCII bytes alone: a pattern tells them apart in a fraction of the time.
+    beyond_ascii = re.compile("[" + "".join(alphabet[byte] for byte in range(0x80, 0x100)) + "]").search
     flags = unknown.tobytes()
     vocabulary: dict[str, int] = spec["model"]["vocab"]
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     suspicious = np.zeros(max([*vocabulary.values(), *added.values()]) + 1, np.bool_)
     for token, token_id in vocabulary.items():
-        if token.isascii():
+        if beyond_ascii(token) is None:
             continue
         try:
             data = token.translate(byte_of).encode("latin-1")
@@ -247,7 +250,7 @@ def _suspicious_tokens(spec: dict[str, Any], unknown: NDArray[np.bool_]) -> NDAr
             continue
         text = data.decode(errors="ignore")
         in_full = not text.isascii() and any(flags[ord(character)] for character in text)
-        suspicious[token_id] = in_full or bool(unknown[_started_character(data)].any())
+        suspicious[token_id] = in_full or 1 in flags[_started_character(data)]
     for token, token_id in added.items():
         suspicious[token_id] = contains_any(token, unknown)
     return suspicious
