@@ -23,7 +23,11 @@ def data(corpus: Path) -> Path:
     directory = corpus.parent / "data"
     tokenizer = directory / "tokenizer.model"
     for made in (
-        tool("train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", VOCAB_SIZE),
+        # Less coverage than usual: which rare characters the machine's texts hold is not ours to say.
+        tool(
+            "train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", VOCAB_SIZE,
+            "--character-coverage", 0.995,
+        ),
         tool(
             "preprocess_dolma.py", "--input-root", corpus, "--output-root", directory,
             "--tokenizer", tokenizer, "--workers", 1,

@@ -57,7 +57,7 @@ def test_own_data(corpus: Path, tmp_path: Path) -> None:
     mine = tmp_path / "corpus with a space"
     for source in ("code", "docs"):
         shutil.copytree(corpus / source, mine / source)
-    done = example("own_data", mine, tmp_path / "data", *TINY, "--train-iters", 2, VOCAB_SIZE=600)
+    done = example("own_data", mine, tmp_path / "data", *TINY, "--train-iters", 2, VOCAB_SIZE=1000)
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps(tmp_path / "data" / "run") == [1, 2]
     assert list((tmp_path / "data" / "docs").glob("*.idx"))

@@ -3,6 +3,7 @@
 `MEGADS_TEST_KILLS=200 pytest tests/e2e/test_preprocess_kills.py` kills 200 times.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -63,6 +64,10 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
+def finished_shards(directory: Path) -> int:
+    return len(list(directory.rglob("*.idx")))
+
+
 def kill_one_or_all(process: "subprocess.Popen[bytes]", rng: random.Random) -> None:
     """The whole job, as a machine that goes down; or the parent, or a worker, as for want of memory."""
     if rng.random() < 0.5:
@@ -96,12 +101,17 @@ def test_killed_runs_end_in_the_same_files(corpus: Path, tokenizer: Path, tmp_pa
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        try:
-            process.wait(timeout=rng.uniform(0.3, 0.8) * whole_seconds)
-        except subprocess.TimeoutExpired:
+        # At a random moment after so many more shards: by the clock alone, a fast or a slow machine would
+        # be killed at its start every time, or never.
+        wanted = finished_shards(output) + rng.randrange(3)
+        while process.poll() is None and finished_shards(output) < wanted:
+            time.sleep(0.002)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(0, 0.3) * whole_seconds)
+        if process.poll() is None:
             kill_one_or_all(process, rng)
             kills += 1
-            interrupted_with.add(len(list(output.rglob("*.bin"))))
+            interrupted_with.add(finished_shards(output))
         if process.wait(timeout=60) == 0:
             assert files(output) == expected
             finished += 1
