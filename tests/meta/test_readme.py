@@ -76,6 +76,9 @@ def check_command(words: list[str]) -> None:
     elif "pretrain_megads.py" in words:
         if "--help" not in words and "N" not in words:
             check_training(words)
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        assert len(words) == 2, "a benchmark is named without its arguments"
+        assert (ROOT / words[1]).is_file()
     elif words[0] == "python" and words[1].startswith("tools/"):
         tool = load_tool(words[1])
         if hasattr(tool, "parse_arguments"):
