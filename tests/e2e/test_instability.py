@@ -12,7 +12,7 @@ from tests.e2e.commands import records
 SPIKES = {
     "training.stability.spike_window": 16,
     "training.stability.spike_least_increase": 0.3,
-    "training.stability.spike_threshold": 4.0,
+    "training.stability.spike_threshold": 5.0,
     "training.eval_interval": 0,
     "training.save_interval": 10,
     "distributed.zero_stage": 1,
@@ -24,8 +24,8 @@ def faulty_run(
 ) -> dict[str, Any]:
     """A whole run in which `faults` (step: kind, rank) happen; `once`: not again after a rollback.
 
-    Kinds: "nan" puts NaN into a gradient of that rank, "batch" replaces its labels by noise, "weights"
-    damages the weights of all ranks before the step.
+    Kinds: "nan" puts NaN into a gradient of that rank, "batch" replaces the labels of all by noise,
+    "weights" damages the weights of all before the step.
     """
     import torch
     import torch.distributed as dist
@@ -67,7 +67,7 @@ def faulty_run(
         elif kind == "nan" and dist.get_rank() == rank:
             norm = next(p for n, p in run.step.chunks[0].named_parameters() if n.endswith("norm.weight"))
             hooks.append(norm.register_hook(lambda gradient: gradient * torch.nan))
-        elif kind == "batch" and dist.get_rank() == rank:
+        elif kind == "batch":
             batches = noisy(batches)
         try:
             return original(batches, *rest)
@@ -121,19 +121,22 @@ def test_poisoned_gradients_in_a_row_end_the_run(config: Path) -> None:
 
 
 def test_bad_batches_are_left_out(config: Path) -> None:
-    faults = {30: ("batch", 0), 31: ("batch", 1), 36: ("batch", 0)}
+    faults = {50: ("batch", 0), 51: ("batch", 0), 56: ("batch", 0)}
     settings = SPIKES | {
-        "training.train_steps": 40, "training.stability.spike_policy": "skip",
+        "training.train_steps": 60, "training.stability.spike_policy": "skip",
         "training.learning_rate": 1e-2,
     }  # fmt: skip
     ranks = run_distributed(
         2, faulty_run, timeout_seconds=120, config_path=config, settings=settings, faults=faults
     )
     output = config.parent / "run"
-    assert [event["step"] for event in events(output, "spike")] == [30, 31, 36]
+    left_out = {event["step"] for event in events(output, "spike")}
+    assert faults.keys() <= left_out
+    # Batches of 128 tokens: one of them may stand out by itself.
+    assert len(left_out) <= len(faults) + 3
     for rank in ranks:
-        assert rank["state"]["skipped_steps"] == rank["state"]["spikes"] == 3
-        assert rank["state"]["step"] == 40
+        assert rank["state"]["skipped_steps"] == rank["state"]["spikes"] == len(left_out)
+        assert rank["state"]["step"] == 60
 
 
 @pytest.mark.parametrize("processes", [1, 2])
