@@ -219,7 +219,8 @@ def newest_good(
             else:
                 logger.warning("checkpoint passed over: %s", error)
             continue
-        _report_pointer(directory, info)
+        if before is None:
+            _report_pointer(directory, info)
         return info
     set_aside = sorted(directory.glob("step_*.bad*")) if before is None else []
     if reasons or set_aside:

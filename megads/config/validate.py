@@ -78,6 +78,9 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["training.tokens_per_parameter_ratio"], "train_steps comes first"
     if training.average_decay is None:
         yield ["training.average_interval"], "average_decay is null: there is no average"
+    if (policy := training.stability.spike_policy) != "rollback":
+        of_rollback = ("spike_patience", "rollback_lr_factor", "max_rollbacks")
+        yield [f"training.stability.{name}" for name in of_rollback], f"spike_policy is {policy}"
     if not moe.use_aux_loss_free:
         yield (
             [f"model.moe.bias_update_{name}" for name in ("rate", "rate_phases", "centered")],

@@ -5,6 +5,7 @@ from the configuration and the tokens consumed. So a run that is stopped anywher
 run, bit by bit where the layout is the same.
 """
 
+import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -83,9 +84,24 @@ class Run:
         self.verdict: Verdict | None = None
         self.loader: Iterator[dict[str, Tensor]] | None = None
         self.schedules = Schedules(config, resolved)
+        self._flops_per_token = functools.cache(
+            lambda seq_length: training_flops_per_token(config, seq_length=seq_length)
+        )
         self.validation = Validation(config, self.datasets, self.step)
         self.progress = _Progress(saved_step=self.state.step if found else -1)
         self.reporter = Reporter(config, resolved, self.step, self.state)
+
+    def go_back_to(self, state: TrainState) -> None:
+        """Go on from `state`, which the tensors are in already, and save it as a checkpoint of its own."""
+        self.state = state
+        self.watch = SpikeWatch(self.config.training.stability, state.recent_losses)
+        validated_step = -1 if state.best_validation_step is None else state.best_validation_step
+        self.progress = _Progress(validation_loss=state.best_validation_loss, validated_step=validated_step)
+        self.build_datasets(state.skipped_samples)
+        self.open_loader()
+        self.save()
+        self.store.wait()
+        self.reporter.go_back(state)
 
     def build_datasets(self, skipped_samples: int) -> None:
         """The data of the run, and as much more as rollbacks have left out of it."""
@@ -158,7 +174,7 @@ class Run:
         if after:
             self._accept(result.loss_sums, result.token_counts)
         tokens = batch_size * self.config.training.seq_length
-        flops = tokens * training_flops_per_token(self.config, seq_length=scalars.seq_length)
+        flops = tokens * self._flops_per_token(scalars.seq_length)
         seconds = self.reporter.step_time(tokens, flops)
         self.state.advance(
             samples=batch_size,
@@ -177,7 +193,9 @@ class Run:
 
     def _accept(self, loss_sums: Tensor, token_counts: Tensor) -> bool:
         """Judge the loss of the step that is under way: whether its update is to be made."""
-        loss = self.stop.largest(float(loss_sums[0] / token_counts[0].clamp(min=1)))
+        loss = float(loss_sums[0] / token_counts[0].clamp(min=1))
+        if self.config.training.stability.spike_policy != "warn":
+            loss = self.stop.largest(loss)  # what is done must be the same on every rank
         self.verdict = self.watch.judge(self.state.step + 1, loss)
         if self.verdict.action == "accept":
             return True

@@ -63,7 +63,7 @@ class Reporter:
         if not self._leads:
             return
         show.save(config, resolved, config.output_dir)
-        self.reopen_sinks(state)
+        self._open_sinks(state)
         logger.info("MFU counts %.3g FLOP/s per process as 100%%: %s", peak.flops_per_second, peak.source)
         self._console = ConsoleSink(resolved.train_steps, first_step=state.step)
         self._write(
@@ -78,13 +78,18 @@ class Reporter:
             )
         )
 
-    def reopen_sinks(self, state: TrainState) -> None:
-        """Go on after the step of `state`; what the sinks held beyond it is set aside."""
+    def _open_sinks(self, state: TrainState) -> None:
+        """Write after the step of `state`; what the sinks held beyond it is set aside."""
+        self._sinks = open_sinks(
+            self._config, tensorboard_dir=self._resolved.tensorboard_dir, resumed_step=state.step
+        )
+
+    def go_back(self, state: TrainState) -> None:
+        """Go on after the step of `state`, which is behind; what was measured since then is set aside."""
+        self._meter.drain()
         if self._leads:
             self._sinks.close()
-            self._sinks = open_sinks(
-                self._config, tensorboard_dir=self._resolved.tensorboard_dir, resumed_step=state.step
-            )
+            self._open_sinks(state)
 
     def step_time(self, tokens: int, flops: float) -> float:
         """Count a step of so many tokens and model FLOPs (of the job); the seconds it took."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megads.errors import TrainingError
 from megads.train.resume import restore
-from megads.train.stability import SpikeWatch, Verdict
+from megads.train.stability import Verdict
 
 if TYPE_CHECKING:
     from megads.train.loop import Run
@@ -43,13 +43,7 @@ def roll_back(run: "Run", verdict: Verdict) -> None:
     state.lr_factor = left.lr_factor * settings.rollback_lr_factor
     # What was spent was spent.
     state.wall_seconds, state.flops = left.wall_seconds, left.flops
-    run.state = state
-    run.watch = SpikeWatch(settings, state.recent_losses)
-    run.build_datasets(state.skipped_samples)
-    run.open_loader()
-    run.save()
-    run.store.wait()
-    run.reporter.reopen_sinks(state)
+    run.go_back_to(state)
     facts = {
         "from_step": left.step,
         "first_bad_step": verdict.first_bad_step,
