@@ -21,10 +21,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from megads.config.schema import Config
+from megads.data.fim import find_tokens
 from megads.data.index_cache import index_directory
+from megads.data.manifest import read_record
 from megads.data.mix_table import mix_table, repetition_warnings
 from megads.data.samples import PackedSamples
+from megads.data.shard_group import ShardGroup
 from megads.data.sources import Blend, Corpus, SampleCounts, build_index, plan_corpus
+from megads.data.tokenizer import load_tokenizer
 from megads.errors import MegadsError
 
 if TYPE_CHECKING:
@@ -44,6 +48,13 @@ class Datasets:
     corpus: Corpus
     table: str
     """What training will read, for people: see `mix_table`."""
+    fim_begin_id: int | None
+    """The token that begins a document rearranged for fill-in-the-middle, where the data has such."""
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names by the `source` of a training sample."""
+        return tuple(part.name for part in self.corpus.blends["train"].parts)
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -70,19 +81,32 @@ def build_datasets(config: Config, resolved: "Resolved", samples: SampleCounts) 
     assert resolved.world_size == 1 or torch.distributed.is_initialized(), (
         "build datasets after the process group: the other ranks read the index that rank 0 writes"
     )
-    corpus = _on_rank_0(lambda: _plan_and_build(config, samples))
+    corpus, fim_begin_id = _on_rank_0(lambda: _plan_and_build(config, samples))
     sets = {name: _packed(config, corpus, blend) for name, blend in corpus.blends.items()}
     by_source = {name: _packed(config, corpus, blend) for name, blend in corpus.valid_by_source.items()}
     table = mix_table(config, corpus)
-    return Datasets(sets["train"], sets.get("valid"), sets.get("test"), by_source, corpus, table)
+    return Datasets(
+        sets["train"], sets.get("valid"), sets.get("test"), by_source, corpus, table, fim_begin_id
+    )
 
 
-def _plan_and_build(config: Config, samples: SampleCounts) -> Corpus:
+def _plan_and_build(config: Config, samples: SampleCounts) -> tuple[Corpus, int | None]:
     corpus = plan_corpus(config, samples)
     for warning in repetition_warnings(config, corpus):
         logger.warning(warning)
     build_index(corpus)
-    return corpus
+    return corpus, _fim_begin_id(config, corpus)
+
+
+def _fim_begin_id(config: Config, corpus: Corpus) -> int | None:
+    """By the tokenizer, if the first dataset of any source has such documents: a source has one recipe."""
+    groups = [ShardGroup.load(part.group_file) for part in corpus.blends["train"].parts]
+    records = [read_record(group.shards[0].prefix) for group in groups]
+    if not config.data.tokenizer_path or not any(
+        record and record.get("fim", {}).get("documents") for record in records
+    ):
+        return None
+    return find_tokens(load_tokenizer(config.data.tokenizer_path), None)[0]
 
 
 def _packed(config: Config, corpus: Corpus, blend: Blend) -> PackedSamples:

@@ -69,7 +69,7 @@ class FillInTheMiddle:
         self.rate = rate
         self.spm_rate = spm_rate
         self.seed = seed
-        self.begin_id, self.hole_id, self.end_id = _find_tokens(tokenizer, tokens)
+        self.begin_id, self.hole_id, self.end_id = find_tokens(tokenizer, tokens)
         self._dtype = token_type(tokenizer.vocab_size)
         self._secret = seed_bytes(seed)
 
@@ -133,7 +133,11 @@ def check_pieces_join(tokenizer: Tokenizer, what: str) -> None:
         )
 
 
-def _find_tokens(tokenizer: Tokenizer, tokens: tuple[str, str, str] | None) -> tuple[int, int, int]:
+def find_tokens(tokenizer: Tokenizer, tokens: tuple[str, str, str] | None) -> tuple[int, int, int]:
+    """Ids of the tokens before prefix, suffix and middle: those named, else the first known names.
+
+    Raises DataError when the tokenizer lacks them.
+    """
     for names in TOKEN_NAMES if tokens is None else (tokens,):
         begin, hole, end = map(tokenizer.control_id, names)
         if begin is not None and hole is not None and end is not None:

@@ -17,9 +17,9 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
 
     A sample, S = `seq_length`:
       tokens [S] int64, labels [S] int64 (the next token of each), loss_mask [S] float32 (1: counts),
-      position_ids [S] int64, and with `document_mask` document_ids [S] int32: a token may attend to
-      those of equal id only. Ids start at 0 in every sample. An end-of-document token belongs to the
-      document that it ends.
+      position_ids [S] int64, source [] int64 (the part of the blend that it is from), and with
+      `document_mask` document_ids [S] int32: a token may attend to those of equal id only. Ids start at
+      0 in every sample. An end-of-document token belongs to the document that it ends.
 
     Megatron-Core's own masks are left alone: it loops over documents in Python, caches one loss mask
     and edits that cache in place for the first sample it serves, and ties position resets to document
@@ -61,6 +61,7 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
             "labels": labels,
             "loss_mask": torch.ones(tokens.numel()),
             "position_ids": positions,
+            "source": packed["source"],
         }
         if self._eod_mask_loss:
             # As in Megatron: what follows an end of document cannot be foreseen, so that position is

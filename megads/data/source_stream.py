@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
@@ -83,7 +84,7 @@ class SourceStream:
 
 
 class BlendedStream:
-    """All samples of a blend, without an end; each as `GPTDataset` gives it."""
+    """All samples of a blend, without an end: as `GPTDataset` gives them, and `source`, their part's number."""
 
     def __init__(self, blend: Blend, directory: Path, eod_id: int | None) -> None:
         self.blend = blend
@@ -96,8 +97,8 @@ class BlendedStream:
         return self._streams[source], number
 
     def __getitem__(self, sample: int) -> dict[str, Tensor]:
-        stream, number = self.locate(sample)
-        return stream[number]
+        source, number = self._mix.locate(sample)
+        return self._streams[source][number] | {"source": torch.tensor(source)}
 
 
 @dataclass(frozen=True)

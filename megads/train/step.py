@@ -237,7 +237,12 @@ def shortened(batch: dict[str, Tensor], seq_length: int) -> dict[str, Tensor]:
     full = batch["tokens"].shape[1]
     if seq_length == full:
         return batch
-    cut = {name: tensor.unflatten(1, (-1, seq_length)).flatten(0, 1) for name, tensor in batch.items()}
+    cut = {
+        name: tensor.repeat_interleave(full // seq_length)  # of a sample as a whole: its source
+        if tensor.dim() == 1
+        else tensor.unflatten(1, (-1, seq_length)).flatten(0, 1)
+        for name, tensor in batch.items()
+    }
     places = torch.arange(full).unflatten(0, (-1, seq_length)).repeat(len(batch["tokens"]), 1)
     begins = (places - cut["position_ids"]).maximum(places[:, :1])  # of the document, or of the cut
     return cut | {"position_ids": places - begins}

@@ -90,6 +90,7 @@ def cut_batch() -> dict[str, torch.Tensor]:
         "tokens": torch.arange(8)[None],
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]]),
         "document_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]]),
+        "source": torch.tensor([3]),
     }
     return shortened(whole, 4)
 
@@ -99,6 +100,7 @@ def test_positions_restart_at_a_cut() -> None:
     assert cut["tokens"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert cut["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
     assert cut["document_ids"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 2]]
+    assert cut["source"].tolist() == [3, 3]
 
 
 def centred_biases() -> tuple[list[float], list[float]]:

@@ -68,7 +68,8 @@ def test_an_epoch_holds_every_token_once_and_splits_share_none(tmp_path: Path) -
 def test_samples_are_shaped_and_shifted(tmp_path: Path) -> None:
     write_dataset(tmp_path / "a", unique_documents(50), vocab_size=VOCAB)
     sample = build(config_of(tmp_path, [{"name": "a", "subset": "a"}]), train=5).train[3]
-    assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids"}
+    assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids", "source"}
+    assert int(sample.pop("source")) == 0
     assert all(value.shape == (SEQ,) for value in sample.values())
     assert [sample[k].dtype for k in ("tokens", "labels", "loss_mask", "position_ids")] == [
         torch.int64, torch.int64, torch.float32, torch.int64,
@@ -113,6 +114,8 @@ def test_shares_of_the_blend(tmp_path: Path, temperature: float) -> None:
     config = config_of(tmp_path, sources, mixing_temperature=temperature)
     built = build(config, train=2000, valid=100, valid_per_source=20)
     first = np.array([built.train[i]["tokens"].max() for i in range(2000)]) // 100
+    of_source = [int(built.train[i]["source"]) for i in range(2000)]
+    assert of_source == [int(number > 1) for number in first], "every sample says which source it is from"
     share_a = 0.2**temperature / (0.2**temperature + 0.8**temperature)
     assert built.corpus.blends["train"].phases[0].weights == pytest.approx((share_a, 1 - share_a))
     counts = {i: float(np.mean(first == i)) for i in (1, 2, 3, 4)}
