@@ -16,6 +16,9 @@ files depend on the input and the settings alone, not on workers, tasks or inter
 
 In a job array (SLURM_ARRAY_TASK_ID, or --num-tasks and --task-id) each task does its share of the bytes.
 A bad line stops the run, with file and line; --tolerant puts bad lines aside instead.
+
+Instruction data (docs/instructions.md): with --conversations the lines are conversations, rendered by the
+tokenizer's chat template; training then learns the answers alone.
 """
 
 import argparse
@@ -29,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from megads.data.chat_template import DEFAULT, ChatFormat, load_chat_format
 from megads.data.inputs import (
     InputShard,
     find_shards,
@@ -38,10 +42,12 @@ from megads.data.inputs import (
     shard_stem,
     shards_of_manifest,
 )
+from megads.data.instructions import FORMS
 from megads.data.preprocess import Progress, Summary, preprocess, total_of
 from megads.data.recipe import Recipe
 from megads.data.selection import describe
 from megads.data.shards import Shard
+from megads.data.tokenizer import load_tokenizer
 from megads.data.work_division import array_task, check_prefixes, divide
 from megads.errors import DataError, MegadsError
 from megads.log import setup_logging, terminal_console
@@ -84,6 +90,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="tokens of punctuation and line breaks split in two (default: 0)")  # fmt: skip
     add("--split-punctuation-seed", type=int, default=0, metavar="N")
 
+    add = parser.add_argument_group("conversations").add_argument
+    add("--conversations", choices=FORMS, metavar="FORM", help="the lines are conversations: "
+        + "; ".join(f"{form}: {what}" for form, what in FORMS.items()))  # fmt: skip
+    add("--chat-template", metavar="FILE",
+        help=f"Jinja template, or {DEFAULT!r} for the built-in one (default: the tokenizer's, else the "
+        "built-in one)")  # fmt: skip
+
     add = parser.add_argument_group("bad input").add_argument
     add("--tolerant", action="store_true",
         help="put lines without a document, and damaged files, aside (PREFIX.quarantine.jsonl)")  # fmt: skip
@@ -120,6 +133,8 @@ def _check_choices(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error("--workers must be at least 1")
     if options.quarantine_quota is not None and not options.tolerant:
         parser.error("--quarantine-quota is for --tolerant")
+    if options.chat_template is not None and options.conversations is None:
+        parser.error("--chat-template is for --conversations")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,8 +188,16 @@ def make_recipe(options: argparse.Namespace) -> Recipe:
         fim_seed=options.fim_seed,
         split_punctuation_rate=options.split_punctuation_rate,
         split_punctuation_seed=options.split_punctuation_seed,
+        chat=chat_format(options) if options.conversations else None,
         quarantine_quota=quota,
     )
+
+
+def chat_format(options: argparse.Namespace) -> ChatFormat:
+    tokenizer = load_tokenizer(options.tokenizer, eod_token=options.eod_token)
+    chat, where = load_chat_format(tokenizer, options.conversations, options.chat_template, options.eod_token)
+    logger.info("Conversations are rendered by %s.", where)
+    return chat
 
 
 def list_shards(options: argparse.Namespace) -> list[Shard]:
@@ -218,7 +241,10 @@ def check_output(shards: list[Shard]) -> None:
 
 @contextmanager
 def progress_display() -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, a line now and then elsewhere; gives the function to call with progress."""
+    """A bar on a terminal, a line now and then elsewhere; gives the function to call with progress.
+
+    The bar, which a thread draws, appears at the first call.
+    """
     console = terminal_console()
     if console is None:
         yield _Lines().show
@@ -233,19 +259,23 @@ def progress_display() -> Iterator[Callable[[Progress], None]]:
         rich.TimeRemainingColumn(),
     )
     begun = time.monotonic()
-    with rich.Progress(*columns, console=console, transient=True) as display:
-        task = display.add_task("", total=None, rate="")
+    display = rich.Progress(*columns, console=console, transient=True)
+    task = display.add_task("", total=None, rate="")
 
-        def show(progress: Progress) -> None:
-            rate = progress.text_bytes / 1e6 / max(time.monotonic() - begun, 1e-3)
-            display.update(
-                task,
-                total=progress.input_bytes,
-                completed=progress.input_bytes_done,
-                rate=f"{rate:.1f} MB/s of text" if progress.text_bytes else "",
-            )
+    def show(progress: Progress) -> None:
+        rate = progress.text_bytes / 1e6 / max(time.monotonic() - begun, 1e-3)
+        display.start()
+        display.update(
+            task,
+            total=progress.input_bytes,
+            completed=progress.input_bytes_done,
+            rate=f"{rate:.1f} MB/s of text" if progress.text_bytes else "",
+        )
 
+    try:
         yield show
+    finally:
+        display.stop()
 
 
 class _Lines:

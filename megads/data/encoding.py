@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megads.data.fim import FillInTheMiddle, Mode
+from megads.data.fim import FillInTheMiddle, Mode, check_pieces_join
 from megads.data.indexed import token_type
 from megads.data.recipe import Recipe
 from megads.data.selection import Document
@@ -25,16 +25,20 @@ MAPPED_BLOCK_BYTES, TRIMMED_BYTES = 4 << 20, 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Documents, end-of-document tokens included: all tokens, and each one's length."""
+    """Documents, end-of-document tokens included: all tokens, and each one's length.
+
+    Of conversations, which have no such token of ours, `loss_mask` is 1 for each token of an answer.
+    """
 
     tokens: NDArray[Any]
     lengths: NDArray[np.int32]
     fim_documents: int = 0
     spm_documents: int = 0
+    loss_mask: NDArray[np.uint8] | None = None
 
 
 class Encoder:
-    """Makes token ids of documents as a recipe says; one per process, it takes a second to load.
+    """Makes token ids of documents as a recipe says; it takes a second to load, and forks share it.
 
     Raises DataError for a tokenizer that is not there or cannot do what the recipe asks.
     """
@@ -43,9 +47,12 @@ class Encoder:
         _settle_process()
         self.recipe = recipe
         self.tokenizer = load_tokenizer(recipe.tokenizer, eod_token=recipe.eod_token)
+        self.tokenizer.use_exact_engine(())  # loads it now, so that a fork need not
         self.settings = recipe.settings(self.tokenizer.sha256)
         self.dtype = token_type(self.tokenizer.vocab_size)
         self._fim = self._splitter = None
+        if recipe.chat is not None:
+            check_pieces_join(self.tokenizer, "A chat template")
         if recipe.fim_rate > 0:
             self._fim = FillInTheMiddle(recipe.fim_rate, recipe.fim_spm_rate, recipe.fim_seed, self.tokenizer)
         if recipe.split_punctuation_rate > 0:
@@ -55,6 +62,8 @@ class Encoder:
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
         """The token ids of documents, in one call of the tokenizer."""
+        if self.recipe.chat is not None:
+            return self._conversations(documents)
         modes: list[Mode | None] = []
         if self._fim is None:
             ids, lengths = self.tokenizer.encode_batch_arrays([document.text for document in documents])
@@ -65,6 +74,27 @@ class Encoder:
             ids, lengths = self._splitter.apply(ids, lengths, keys)
         rearranged = len(modes) - modes.count(None)
         return Encoded(*self._with_ends(ids, lengths), rearranged, modes.count("spm"))
+
+    def _conversations(self, documents: Sequence[Document]) -> Encoded:
+        """Each stretch of text by itself, between control tokens and up to where an answer begins: what a
+        model is given when it is to answer ends there too.
+        """
+        pieces = [piece for document in documents for piece in document.pieces]
+        texts = [piece.text for piece in pieces if piece.control_id is None]
+        ids, lengths = self.tokenizer.encode_batch_arrays(texts)
+        encoded = iter(np.split(ids, np.cumsum(lengths, dtype=np.int64)[:-1]))
+        parts = [
+            next(encoded) if piece.control_id is None else np.array([piece.control_id], self.dtype)
+            for piece in pieces
+        ]
+        sizes = np.array([part.size for part in parts], np.int64)
+        counts = np.array([len(document.pieces) for document in documents])
+        firsts = np.cumsum(counts) - counts
+        return Encoded(
+            np.concatenate(parts).astype(self.dtype, copy=False),
+            np.add.reduceat(sizes, firsts).astype(np.int32),
+            loss_mask=np.repeat(np.array([piece.answer for piece in pieces], np.uint8), sizes),
+        )
 
     def _rearranged(
         self, fim: FillInTheMiddle, documents: Sequence[Document]

@@ -90,8 +90,7 @@ def preprocess(
             waiting.append(shard)
         else:
             run.was_done(shard, record)
-    run.tell()
-    convert_shards(waiting, recipe, workers, run.advance, run.converted)
+    convert_shards(waiting, recipe, workers, run.tell, run.advance, run.converted)
     return run.summaries()
 
 

@@ -1,7 +1,8 @@
 """Worker processes that convert whole shards; between them and their parent go no texts and no tokens.
 
-A worker takes a shard, tells how far it is, and gets the next. The first error ends them all: what they
-were writing is discarded, what they had finished stays.
+They are forks of a process that has loaded the tokenizer: its start, of a second and more, is paid once, and
+its memory shared. A worker takes a shard, tells how far it is, and gets the next. The first error ends
+them all: what they were writing is discarded, what they had finished stays.
 """
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkProcess
 from typing import Any, cast
 
 from megads.data.encoding import Encoder
@@ -38,27 +39,39 @@ class Converted:
     """Of the process, over all shards it has converted."""
 
 
+OnReady = Callable[[], None]
+"""Called when all processes have been made, so that no fork copies the threads of a progress bar."""
 OnAdvance = Callable[[Shard, int, int], None]
 """Called with a shard, and bytes of its input read and of its text tokenized so far."""
 OnConverted = Callable[[Converted], None]
 
 
 def convert_shards(
-    shards: Sequence[Shard], recipe: Recipe, workers: int, on_advance: OnAdvance, on_converted: OnConverted
+    shards: Sequence[Shard],
+    recipe: Recipe,
+    workers: int,
+    on_ready: OnReady,
+    on_advance: OnAdvance,
+    on_converted: OnConverted,
 ) -> None:
     """Convert shards, in order, on `workers` processes or, where one is enough, in this one.
 
     Raises the first error that any shard has, or that a callback raises, and DataError for a process
     that was killed; then no process and no file of an unfinished shard is left.
     """
+    if not shards:
+        on_ready()
+        return
+    encoder = Encoder(recipe)
     if min(workers, len(shards)) > 1:
-        pool = _Pool(recipe, min(workers, len(shards)))
+        pool = _Pool(encoder, min(workers, len(shards)))
         try:
+            on_ready()
             pool.run(shards, on_advance, on_converted)
         finally:
             pool.close()
-    elif shards:
-        encoder = Encoder(recipe)
+    else:
+        on_ready()
         for shard in shards:
             on_converted(_timed(shard, encoder, lambda *done, shard=shard: on_advance(shard, *done)))
 
@@ -84,14 +97,14 @@ def _peak_memory_bytes() -> int:
 class _Pool:
     """Processes with a pipe to each: (shard) down; ("advance", ...), ("done", ...), ("error", ...) up."""
 
-    def __init__(self, recipe: Recipe, workers: int) -> None:
-        # spawn: the caller may draw a progress bar from a thread, which a fork would copy mid-way.
-        context = get_context("spawn")
-        self._processes: dict[Connection, SpawnProcess] = {}
+    def __init__(self, encoder: Encoder, workers: int) -> None:
+        context = get_context("fork")
+        self._processes: dict[Connection, ForkProcess] = {}
         self._working_on: dict[Connection, Shard] = {}
         for _ in range(workers):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, recipe), daemon=True)
+            parents_ends = [*self._processes, mine]
+            process = context.Process(target=_serve, args=(theirs, encoder, parents_ends), daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             self._processes[mine] = process
@@ -150,22 +163,22 @@ class _Pool:
                 partial.unlink(missing_ok=True)
 
 
-def _exit(process: SpawnProcess) -> str:
+def _exit(process: ForkProcess) -> str:
     process.join(1.0)
     return f"exit code {process.exitcode}"
 
 
-def _serve(pipe: Connection, recipe: Recipe) -> None:
+def _serve(pipe: Connection, encoder: Encoder, parents_ends: Sequence[Connection]) -> None:
     """What a worker does: convert the shards that come, until it is killed or its parent is gone."""
     start_helper_process()
-    encoder = None
+    for inherited in parents_ends:
+        inherited.close()
     while True:
         try:
             shard = pipe.recv()
         except EOFError:
             os._exit(0)
         try:
-            encoder = encoder or Encoder(recipe)
             message = ("done", _timed(shard, encoder, lambda *done: pipe.send(("advance", *done))))
         except MegadsError as error:
             # By its text: not every subclass can be made again from its arguments.

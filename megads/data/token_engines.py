@@ -76,11 +76,12 @@ def why_not_gigatoken(spec: dict[str, Any], control: Sequence[str]) -> str | Non
         return "its normalizer is neither none nor NFC"
     if not _is_byte_level(spec.get("pre_tokenizer")):
         return "its pre-tokenizer is not a pattern and a byte-level mapping"
-    merged = {_merged(merge) for merge in model.get("merges") or ()}
     alphabet = _byte_alphabet()
-    for token in control:
-        if "".join(alphabet[byte] for byte in token.encode()) in merged:
-            return f"merges lead to the control token {token!r}"
+    spelled = {"".join(alphabet[byte] for byte in token.encode()): token for token in control}
+    if reachable := spelled.keys() & model["vocab"].keys():  # what merges make is in the vocabulary
+        for merged in map(_merged, model.get("merges") or ()):
+            if merged in reachable:
+                return f"merges lead to the control token {spelled[merged]!r}"
     return None
 
 
@@ -100,7 +101,6 @@ class GigatokenEngine:
         self.renewals = 0
         self._load = gigatoken_rs.load_hf_json
         self._json = orjson.dumps(spec)
-        self._process = psutil.Process()
         self._renew()
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int32], list[int]]:
@@ -108,27 +108,23 @@ class GigatokenEngine:
 
         The ids of those texts may be wrong.
         """
-        parts: list[str] = []
-        parts_of_text = [0]
-        for text in texts:
-            parts += self._parts(text)
-            parts_of_text.append(len(parts))
-        if len(parts) == len(texts):  # no text was cut
-            ids, offsets = self._encode_parts(parts)
+        # Text by text: the call for a batch keeps a second memory of words, and imports awkward for 0.3 s.
+        if (characters := sum(map(len, texts))) <= PART_CHARACTERS:
+            pieces = list(map(self._model.encode, texts))
+            self._bound_memory(characters)
         else:
-            pieces = [self._encode_parts([part])[0] for part in parts]
-            ids = np.concatenate(pieces)
-            offsets = np.cumsum([0, *(piece.size for piece in pieces)])[parts_of_text]
+            pieces = [self._encode_long(text) for text in texts]
+        offsets = np.zeros(len(pieces) + 1, np.int64)
+        np.cumsum([piece.size for piece in pieces], out=offsets[1:])
+        ids = _joined(pieces).astype(self.dtype, copy=False)
         return ids, np.diff(offsets).astype(np.int32), self._doubtful(texts, ids, offsets)
 
-    def _encode_parts(self, parts: list[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """All ids, and where in them each part starts, and ends [len(parts) + 1]."""
-        layout = self._model.encode_batch(parts, parallel=False).layout
-        offsets = np.asarray(layout.offsets.data)
-        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
-        ids = ids.view(np.int32) if self.dtype == np.int32 else ids.astype(self.dtype)
-        self._bound_memory(sum(map(len, parts)))
-        return ids, offsets - offsets[0]
+    def _encode_long(self, text: str) -> NDArray[np.int32]:
+        pieces = []
+        for part in self._parts(text):
+            pieces.append(self._model.encode(part))
+            self._bound_memory(len(part))
+        return _joined(pieces)
 
     def _doubtful(self, texts: Sequence[str], ids: NDArray[Any], offsets: NDArray[np.int64]) -> list[int]:
         """Which texts need the reference."""
@@ -148,14 +144,11 @@ class GigatokenEngine:
         self._model: Any = None  # the old one goes before the new one comes
         self._model = self._load(self._json)
         self._characters = 0
-        self._start_bytes = self._process.memory_info().rss
+        self._start_bytes = _process_bytes()
 
     def _bound_memory(self, characters: int) -> None:
         self._characters += characters
-        if (
-            self._characters > RENEWAL_TEXT_CHARACTERS
-            and self._process.memory_info().rss - self._start_bytes > CACHE_BYTES
-        ):
+        if self._characters > RENEWAL_TEXT_CHARACTERS and _process_bytes() - self._start_bytes > CACHE_BYTES:
             self._renew()
             self.renewals += 1
 
@@ -210,6 +203,11 @@ class SentencePieceEngine(GigatokenEngine):
         return [i for i, text in enumerate(texts) if self._spelled and self._spelled in text]
 
 
+def _process_bytes() -> int:
+    """Memory of this process, which may be a fork of the one that made the engine."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def _is_nothing(normalizer: Any) -> bool:
     return normalizer is None or (normalizer.get("type") == "Sequence" and not normalizer.get("normalizers"))
 
@@ -231,45 +229,56 @@ def _merged(merge: Any) -> str:
     return "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)
 
 
+def _joined(pieces: list[NDArray[Any]]) -> NDArray[np.int32]:
+    """All ids in one array, without a copy where there is one piece; they are far below 2^31."""
+    ids = pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.uint32)])
+    return ids.view(np.int32)
+
+
 def _suspicious_tokens(spec: dict[str, Any], unknown: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """For each id: does the token hold an unknown character, or end in what may be the start of one?"""
-    alphabet = _byte_alphabet()
-    byte_of = str.maketrans({character: chr(byte) for byte, character in alphabet.items()})
-    # Most tokens are of ASCII bytes alone: a pattern tells them apart in a fraction of the time.
-    beyond_ascii = re.compile("[" + "".join(alphabet[byte] for byte in range(0x80, 0x100)) + "]").search
-    flags = unknown.tobytes()
+    """For each id: does the token hold an unknown character, or end in what may be the start of one?
+
+    All tokens at once, as vocabularies are large: each UTF-8 lead byte and what follows it in its token
+    stand for a range of code points, of one if the character is whole.
+    """
     vocabulary: dict[str, int] = spec["model"]["vocab"]
     added = {token["content"]: token["id"] for token in spec["added_tokens"]}
     suspicious = np.zeros(max([*vocabulary.values(), *added.values()]) + 1, np.bool_)
-    for token, token_id in vocabulary.items():
-        if beyond_ascii(token) is None:
-            continue
-        try:
-            data = token.translate(byte_of).encode("latin-1")
-        except UnicodeEncodeError:  # not of the byte alphabet: a control token, which no merge leads to
-            continue
-        text = data.decode(errors="ignore")
-        in_full = not text.isascii() and any(flags[ord(character)] for character in text)
-        suspicious[token_id] = in_full or 1 in flags[_started_character(data)]
+    data, owner = _bytes_of_tokens(vocabulary)
+    starts = np.flatnonzero(data >= 0xC0)
+    lead = data[starts]
+    needed = 2 + (lead >= 0xE0) + (lead >= 0xF0)
+    code, given = lead & (0x7F >> needed), np.ones_like(lead)
+    for offset in (1, 2, 3):
+        following = data[starts + offset]
+        inside = (given == offset) & (offset < needed) & (owner[starts + offset] == owner[starts])
+        inside &= (following & 0xC0) == 0x80
+        code, given = np.where(inside, code << 6 | following & 0x3F, code), given + inside
+    whole_or_cut = (given == needed) | (owner[starts + given] != owner[starts])
+    unknown_before = np.concatenate(([0], np.cumsum(unknown)))
+    first, last = (np.minimum(bound << 6 * (needed - given), unknown.size) for bound in (code, code + 1))
+    found = whole_or_cut & (unknown_before[last] > unknown_before[first])
+    suspicious[owner[starts[found]]] = True
     for token, token_id in added.items():
         suspicious[token_id] = contains_any(token, unknown)
     return suspicious
 
 
-def _started_character(data: bytes) -> slice:
-    """The code points of the UTF-8 character that starts, but does not end, at the end of `data`."""
-    for given in range(1, min(4, len(data) + 1)):
-        lead = data[-given]
-        if lead < 0x80:
-            break
-        if lead >= 0xC0:
-            needed = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            code = lead & (0xFF >> (needed + 1))
-            for byte in data[len(data) - given + 1 :]:
-                code = code << 6 | byte & 0x3F
-            width = 1 << 6 * max(0, needed - given)
-            return slice(code * width, (code + 1) * width) if given < needed else slice(0)
-    return slice(0)
+def _bytes_of_tokens(vocabulary: dict[str, int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The bytes of all tokens of a byte-level vocabulary, and the id of the token that each is of.
+
+    What is not of the byte alphabet, in a control token, is 0. Four zeros, of no token, follow.
+    """
+    byte_of = np.zeros(1 << 9, np.int64)
+    alphabet = _byte_alphabet()
+    byte_of[list(map(ord, alphabet.values()))] = list(alphabet)
+    codes = np.frombuffer("".join(vocabulary).encode("utf-32-le"), np.uint32)
+    ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+    owner = np.repeat(ids, np.fromiter(map(len, vocabulary), np.int64, len(vocabulary)))
+    end = np.zeros(4, np.int64)
+    return np.concatenate((byte_of[np.minimum(codes, byte_of.size - 1)], end)), np.concatenate(
+        (owner, end - 1)
+    )
 
 
 def _byte_alphabet() -> dict[int, str]:

@@ -40,7 +40,7 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
             spec, control = _text_only(content)
             self._model = tokenizers.Tokenizer.from_str(orjson.dumps(spec).decode())
             self._model.encode_special_tokens = True  # special tokens in a text are text
-            self._vocabulary = self._model.get_vocab(with_added_tokens=True)
+            self._vocabulary = self._all_tokens(spec)
         except Exception as error:  # the library raises bare Exception
             raise DataError(
                 f"{path}: not a tokenizer.json that the tokenizers library reads ({error})."
@@ -53,6 +53,15 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
         names |= {text for text, token_id in self._vocabulary.items() if token_id == self.eod_id}
         self._control_ids = {self._vocabulary[text] for text in names}
         self._control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+    def _all_tokens(self, spec: dict[str, Any]) -> dict[str, int]:
+        """The ids of all tokens. Those of added tokens are the library's, which may not be the file's."""
+        vocabulary = spec["model"]["vocab"]
+        if not isinstance(vocabulary, dict):  # a unigram's has scores
+            return self._model.get_vocab(with_added_tokens=True)
+        # get_vocab would take 0.1 s to make a copy of what was just read.
+        names = [token["content"] for token in spec.get("added_tokens") or ()]
+        return vocabulary | {name: self._model.token_to_id(name) for name in names}
 
     def _find_eod(self, eod_token: str | None) -> int:
         for token in EOD_TOKENS if eod_token is None else (eod_token,):
