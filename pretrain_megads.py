@@ -5,21 +5,17 @@ torchrun it is a run of one process.
 """
 
 import contextlib
-import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from megads.config import show
 from megads.config.flags import parse_flags
-from megads.config.loader import load_config
-from megads.config.resolve import planned_hardware, resolve
 from megads.config.schema import Config
-from megads.config.validate import check, notes
+from megads.config.stages import Stage, check_stages, load_stages, planned_processes, select
 from megads.errors import MegadsError
 from megads.log import setup_logging
-
-logger = logging.getLogger("megads")
 
 SECONDS_FOR_RANK_0 = 10.0
 
@@ -28,15 +24,18 @@ def main(argv: list[str]) -> int:
     """The exit code: 0, or that of the error that was printed."""
     try:
         arguments = parse_flags(argv)
-        config = load_config(arguments.config, arguments.overrides, arguments.origins)
+        stages = load_stages(arguments.config, arguments.overrides, arguments.origins)
+        if arguments.stage is not None:
+            select(stages, arguments.stage)
         if arguments.dry_run:
             with contextlib.suppress(BrokenPipeError):  # of `--dry-run | head`
-                print(show.dry_run(config, *planned_hardware(config, arguments.world_size)), flush=True)
+                planned = planned_processes(stages, arguments.world_size)
+                print(show.dry_run_stages(stages, *planned), flush=True)
             return 0
         # Before torch is imported: a mistake in the configuration is told at once.
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        check(config, world_size, cuda=_may_have_cuda(config))
-        _pretrain(config, world_size)
+        check_stages(stages, world_size, cuda=_may_have_cuda(stages[0].config))
+        _pretrain(stages, world_size, arguments.stage)
     except MegadsError as error:
         _tell(error)
         return error.exit_code
@@ -60,27 +59,15 @@ def _may_have_cuda(config: Config) -> bool:
     return config.distributed.device == "cuda" or os.path.exists("/dev/nvidiactl")
 
 
-def _pretrain(config: Config, world_size: int) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    setup_logging(rank, log_file=os.path.join(config.output_dir, "logs", f"rank{rank}.log"))
+def _pretrain(stages: Sequence[Stage], world_size: int, only: str | None) -> None:
+    setup_logging(log_file=stages[0].log_file)
     import torch
 
-    from megads.mcore.groups import destroy_process_groups, initialize_device, initialize_process_groups
+    from megads.train.stages import run_stages
 
-    cuda = torch.cuda.is_available() and config.distributed.device != "cpu"
-    check(config, world_size, cuda)
-    resolved = resolve(config, world_size, cuda)
-    initialize_device(resolved.device)
-    initialize_process_groups(resolved, config.distributed.timeout_minutes, config.seed)
-
-    from megads.train.loop import train
-
-    if rank == 0:
-        logger.info("configuration (* differs from the default):\n%s", show.render(config))
-        for note in notes(config):
-            logger.info("note: %s", note)
-    train(config, resolved)
-    destroy_process_groups()
+    cuda = torch.cuda.is_available() and stages[0].config.distributed.device != "cpu"
+    check_stages(stages, world_size, cuda)
+    run_stages(stages, world_size, cuda, only)
 
 
 if __name__ == "__main__":

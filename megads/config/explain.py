@@ -25,7 +25,9 @@ _KINDS = {
     dict: "an object {...}",
 }
 # What an entry of a list must be, by the first word of pydantic's error.
-_ENTRIES = {"int": "a whole number", "float": "a number", "string": "text", "model": "an object {...}"}
+_ENTRIES = {"int": "a whole number", "float": "a number", "string": "text"} | dict.fromkeys(
+    ("model", "dict"), "an object {...}"
+)
 
 
 def nearest_settings(path: str) -> str:

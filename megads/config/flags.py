@@ -23,12 +23,13 @@ class Arguments:
     """A parsed command line: `load_config(arguments.config, arguments.overrides, arguments.origins)`.
 
     `world_size` is the number of processes to plan for in a dry run; None: see
-    `resolve.planned_hardware`.
+    `resolve.planned_hardware`. `stage` is the only stage to run; None: all.
     """
 
     config: str | None
     dry_run: bool
     world_size: int | None
+    stage: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
 
@@ -41,8 +42,10 @@ def parse_flags(argv: Sequence[str], program: str = "pretrain_megads.py") -> Arg
         raise ConfigError("\n".join(_unknown(word, parser) for word in unknown))
     values = vars(known)
     origins = values.pop("origins", {})
-    config, dry_run, world_size = (values.pop(name) for name in ("config", "dry_run", "world_size"))
-    return Arguments(config, dry_run, world_size, values, origins)
+    config, dry_run, world_size, stage = (
+        values.pop(name) for name in ("config", "dry_run", "world_size", "stage")
+    )
+    return Arguments(config, dry_run, world_size, stage, values, origins)
 
 
 def build_parser(program: str = "pretrain_megads.py") -> argparse.ArgumentParser:
@@ -50,7 +53,8 @@ def build_parser(program: str = "pretrain_megads.py") -> argparse.ArgumentParser
     parser = _Parser(
         prog=program,
         description="Pretrain a DeepSeek-V3-style model (MLA + MoE + MTP) on Megatron-Core.",
-        epilog="Precedence: default < --config < flags. Every flag is also a JSON key of that path.",
+        epilog="Precedence: default < --config < a stage's settings < flags. Every flag is also a JSON key "
+        "of that path.",
         formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -66,6 +70,7 @@ def build_parser(program: str = "pretrain_megads.py") -> argparse.ArgumentParser
         "--world-size", type=int, metavar="N", default=None,
         help="processes that --dry-run plans for; default: those the configuration asks for",
     )  # fmt: skip
+    general.add_argument("--stage", metavar="NAME", default=None, help="run only this one of the stages")
     groups = {"": general}
     defaults = Config()
     for leaf in leaves():

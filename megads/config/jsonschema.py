@@ -24,11 +24,24 @@ def json_schema() -> dict[str, Any]:
         "$schema": {"type": "string", "description": "this schema; ignored by MegaDS"},
         "extends": {"type": "string", "description": "JSON file, relative to this one, to start from"},
     }
+    schema["properties"]["stages"]["items"] = _stage(schema["properties"])
     schema["properties"] = extra | schema["properties"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "MegaDS configuration",
     } | schema
+
+
+def _stage(settings: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `stages`: its name, and any settings but those that are the whole file's."""
+    overrides = {name: value for name, value in settings.items() if name not in ("stages", "output_dir")}
+    name = {"type": "string", "description": "its directory below output_dir"}
+    return {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": name} | overrides,
+        "additionalProperties": False,
+    }
 
 
 def _definition(schema: dict[str, Any], section: str) -> str:

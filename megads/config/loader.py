@@ -1,9 +1,9 @@
-"""From files and flags to a `Config`: default < JSON (`"extends"` first) < flags.
+"""From files and flags to a `Config`: default < JSON (`"extends"` first) < a stage's settings < flags.
 
 Every problem of every file and flag is reported at once, one line each, with where it comes from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,27 @@ def load_config(
     """The configuration of `path` (None: the defaults) with `overrides` on top.
 
     `overrides` maps dotted paths to values (`{"training.learning_rate": 1e-3}`); `origins` says for
-    error messages which flag a path was given by. Raises ConfigError that lists everything wrong.
+    error messages which flag a path was given by. Raises ConfigError that lists everything wrong. It is of
+    one run: for a file that may have stages see `stages.load_stages`.
     """
-    loading = _Loading()
-    layers = loading.files(Path(path)) if path is not None else []
-    for name, layer in layers:
-        loading.add(layer, name)
-    for dotted, value in overrides.items():
-        loading.add(_nested(dotted, value), origins.get(dotted, f"--{dotted}"))
-    return loading.finish()
+    loading = Loading.of(path, overrides, origins)
+    config = loading.finish()
+    refuse_settings(loading.problems)
+    assert config is not None
+    if config.stages:
+        names = ", ".join(str(stage.get("name")) for stage in config.stages)
+        raise ConfigError(
+            f"{path} names stages ({names}), and this is for one run: give it the config.json that a stage "
+            "writes into its directory when it starts, or a file without stages"
+        )
+    return config
+
+
+def refuse_settings(problems: Sequence[str]) -> None:
+    """Raises one ConfigError with all problems, a line each, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n".join([f"{count} in the configuration:", *(f"  {p}" for p in problems)]))
 
 
 def _nested(dotted: str, value: Any) -> dict[str, Any]:
@@ -43,14 +55,34 @@ def _nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 @dataclass
-class _Loading:
+class Loading:
     """Values merged so far, which layer gave each of them, and what was wrong."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def files(self, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    @classmethod
+    def of(
+        cls,
+        path: str | Path | None,
+        overrides: Mapping[str, Any],
+        origins: Mapping[str, str],
+        between: tuple[str, dict[str, Any]] | None = None,
+    ) -> "Loading":
+        """All layers of `load_config` merged; `between` is one more, above files and below flags, by name.
+
+        Raises ConfigError for files that cannot be read.
+        """
+        loading = cls()
+        layers = loading._files(Path(path)) if path is not None else []
+        for name, layer in [*layers, *([between] if between else [])]:
+            loading._add(layer, name)
+        for dotted, value in overrides.items():
+            loading._add(_nested(dotted, value), origins.get(dotted, f"--{dotted}"))
+        return loading
+
+    def _files(self, path: Path) -> list[tuple[str, dict[str, Any]]]:
         """(name, content) of `path` and what it extends, the outermost base first."""
         chain: list[tuple[str, dict[str, Any]]] = []
         seen: list[Path] = []
@@ -69,7 +101,7 @@ class _Loading:
                 raise ConfigError(f'{path}: "extends" must be the name of one JSON file, got {base!r}')
             path = path.parent / base
 
-    def add(self, layer: dict[str, Any], origin: str) -> None:
+    def _add(self, layer: dict[str, Any], origin: str) -> None:
         """Puts one file or one flag on top of what is there."""
         self._relocate(layer, origin)
         self._section(layer, Config, self.values, "", origin)
@@ -122,18 +154,14 @@ class _Loading:
         else:
             self.problems.append(f"{path}: must be an object {{...}} of settings, got {value!r} ({origin})")
 
-    def finish(self) -> Config:
-        """The validated tree, or one error with every problem."""
+    def finish(self) -> Config | None:
+        """The validated tree, or None where there are problems: `problems` then has them all."""
         try:
             config = Config.model_validate(self.values)
         except ValidationError as error:
             self.problems += explain(error, self._origin_of)
-        else:
-            if not self.problems:
-                return config
-        count = len(self.problems)
-        title = "1 problem" if count == 1 else f"{count} problems"
-        raise ConfigError("\n".join([f"{title} in the configuration:", *(f"  {p}" for p in self.problems)]))
+            return None
+        return None if self.problems else config
 
     def _origin_of(self, path: str) -> str:
         while path not in self.origin and path:

@@ -11,12 +11,12 @@ from typing import Literal
 
 from megads.config.flops import count_parameters
 from megads.config.schedule import BatchSchedule
-from megads.config.schema import Config, Training
+from megads.config.schema import Config, Slurm, Training
 from megads.config.shape import ModelShape, model_shape
 
 __all__ = [
-    "ModelShape", "Resolved", "batch_schedule", "model_shape", "pipeline_layout", "planned_hardware",
-    "resolve", "run_length",
+    "ModelShape", "Resolved", "batch_schedule", "checkpoint_directory", "model_shape", "pipeline_layout",
+    "planned_hardware", "resolve", "run_length",
 ]  # fmt: skip
 
 
@@ -82,9 +82,14 @@ def resolve(config: Config, world_size: int, cuda: bool) -> Resolved:
         batch=batch_schedule(training),
         total_tokens=total_tokens,
         train_steps=train_steps,
-        checkpoint_dir=config.checkpointing.save_dir or os.path.join(config.output_dir, "checkpoints"),
+        checkpoint_dir=checkpoint_directory(config),
         tensorboard_dir=config.logging.tensorboard.log_dir or os.path.join(config.output_dir, "tensorboard"),
     )
+
+
+def checkpoint_directory(config: Config) -> str:
+    """Where the run's checkpoints lie."""
+    return config.checkpointing.save_dir or os.path.join(config.output_dir, "checkpoints")
 
 
 def uses_device(config: Config, cuda: bool) -> Literal["cpu", "cuda"]:
@@ -141,6 +146,11 @@ def pipeline_layout(config: Config) -> tuple[int, ...]:
     return tuple(even + (stage in heavier) for stage in range(stages))
 
 
+def slurm_processes_per_node(slurm: Slurm) -> int:
+    """Processes of a SLURM job on each node: one per GPU, without GPUs one per task."""
+    return slurm.gpus_per_node or slurm.ntasks_per_node
+
+
 def planned_hardware(config: Config, world_size: int | None = None) -> tuple[int, bool]:
     """(world_size, cuda) that a run of `config` is meant for, guessed without touching a device.
 
@@ -151,7 +161,7 @@ def planned_hardware(config: Config, world_size: int | None = None) -> tuple[int
     replica = distributed.tensor_parallel_size * distributed.context_parallel_size
     experts = distributed.expert_parallel_size * distributed.expert_tensor_parallel_size
     if world_size is None and slurm.enabled:
-        world_size = slurm.nodes * max(slurm.gpus_per_node, 1)
+        world_size = slurm.nodes * slurm_processes_per_node(slurm)
     if world_size is None and distributed.data_parallel_size > 0:
         world_size = replica * distributed.pipeline_parallel_size * distributed.data_parallel_size
     if world_size is None:

@@ -597,6 +597,14 @@ class Checkpointing(Section):
         aliases=("resume",),
         flags=("--load",),
     )
+    init_from: str | None = setting(
+        None,
+        "checkpoint, or directory of checkpoints, of another run: start with its weights at token 0; not "
+        "read once the run has a checkpoint of its own",
+    )
+    init_optimizer: Literal["fresh", "keep"] = setting(
+        "fresh", "keep: take the optimizer's state along with the weights of init_from"
+    )
     allow_changed: tuple[str, ...] = setting(
         (), "settings of the model that may differ from the checkpoint's, by dotted name"
     )
@@ -605,9 +613,7 @@ class Checkpointing(Section):
     )
     keep_best: bool = setting(True, "also keep the one with the lowest validation loss")
     save_optimizer: bool = setting(True, "save the optimizer; without it a resume starts it afresh")
-    save_scheduler: bool = setting(
-        True, "save step, tokens and schedules; without it a resume starts at token 0"
-    )
+    save_scheduler: bool = setting(True, "save step, tokens and schedules; false is refused")
     async_save: bool = setting(True, "write in the background", flags=("--async-save",))
 
 
@@ -673,6 +679,11 @@ class Config(Section):
     experiment_name: str = setting("megads", "name in logs and trackers")
     output_dir: str = setting("outputs", "everything a run writes goes below it")
     seed: int = setting(42, "seed of weights, order and dropout", flags=("--seed",), ge=0)
+    stages: tuple[dict[str, Any], ...] = setting(
+        (),
+        "runs that follow one another, each from the weights of the one before: a name, and whatever "
+        "settings differ from the rest of the file",
+    )
     model: Model = Model()
     training: Training = Training()
     data: Data = Data()

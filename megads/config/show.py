@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,24 @@ from megads.config.memory import heaviest_stage
 from megads.config.provenance import provenance
 from megads.config.resolve import Resolved, resolve
 from megads.config.schema import Config, Section
+from megads.config.stages import Stage, check_stages
 from megads.config.tree import get, leaves
-from megads.config.validate import check, notes
+from megads.config.validate import notes
 from megads.errors import EnvironmentSetupError
 
 
 def non_defaults(config: Config) -> dict[str, Any]:
     """Dotted path to value (as JSON) of every setting that differs from its default."""
-    default = Config()
+    return _differing(config, Config())
+
+
+def _differing(config: Config, base: Config) -> dict[str, Any]:
+    """Dotted path to value (as JSON) of every setting that differs from `base`."""
     changed: dict[str, Any] = {}
     for leaf in leaves():
         value = get(config, leaf.path)
         inside_null = get(config, leaf.path.rpartition(".")[0]) is None if "." in leaf.path else False
-        if isinstance(value, Section) or inside_null or value == get(default, leaf.path):
+        if isinstance(value, Section) or inside_null or value == get(base, leaf.path):
             continue
         changed[leaf.path] = _as_json(value)
     return changed
@@ -51,17 +56,31 @@ def render(config: Config) -> str:
 
 def dry_run(config: Config, world_size: int, cuda: bool) -> str:
     """What a run on `world_size` processes would be. Raises ConfigError when it could not run."""
-    check(config, world_size, cuda)
-    resolved = resolve(config, world_size, cuda)
-    lines = [f"{config.experiment_name}: nothing is run, this is what would be", ""]
-    lines += [f"{name:<12}{text}" for name, text in _facts(config, resolved)]
-    changed = non_defaults(config)
-    lines += ["", f"{len(changed)} settings differ from their default:"]
-    lines += [f"  {path} = {json.dumps(value)}" for path, value in changed.items()]
-    remarks = notes(config)
-    if remarks:
-        lines += ["", "notes:", *(f"  {remark}" for remark in remarks)]
+    return dry_run_stages((Stage("", config),), world_size, cuda)
+
+
+def dry_run_stages(stages: Sequence[Stage], world_size: int, cuda: bool) -> str:
+    """What each stage would be, after the first one as it differs from the one before."""
+    check_stages(stages, world_size, cuda)
+    what = f"{len(stages)} stages" if stages[0].name else stages[0].config.experiment_name
+    lines = [f"{what}: nothing is run, this is what would be"]
+    before = Stage("", Config())
+    for stage in stages:
+        lines += ["", f"stage {stage.name}:"] if stage.name else []
+        lines += ["", *_plan(stage, before, resolve(stage.config, world_size, cuda))]
+        before = stage
     return "\n".join(lines)
+
+
+def _plan(stage: Stage, before: Stage, resolved: Resolved) -> Iterator[str]:
+    yield from (f"{name:<12}{text}" for name, text in _facts(stage.config, resolved))
+    changed = _differing(stage.config, before.config)
+    than = f"stage {before.name}'s" if before.name else "their default"
+    yield from ("", f"{len(changed)} settings differ from {than}:")
+    yield from (f"  {path} = {json.dumps(value)}" for path, value in changed.items())
+    remarks = notes(stage.config)
+    if remarks:
+        yield from ("", "notes:", *(f"  {remark}" for remark in remarks))
 
 
 def _facts(config: Config, resolved: Resolved) -> Iterator[tuple[str, str]]:
@@ -75,6 +94,9 @@ def _facts(config: Config, resolved: Resolved) -> Iterator[tuple[str, str]]:
     yield "length", f"{resolved.train_steps:,} steps, {tokens:,} tokens"
     yield from _batch(config, resolved)
     yield from _size(config, resolved)
+    if config.checkpointing.init_from is not None:
+        optimizer = ", with the optimizer's state" if config.checkpointing.init_optimizer == "keep" else ""
+        yield "start", f"the weights of {config.checkpointing.init_from}{optimizer}"
     yield "output", f"{config.output_dir}; checkpoints in {resolved.checkpoint_dir}"
 
 

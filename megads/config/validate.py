@@ -4,7 +4,7 @@
 do. Single values (types, limits) are the schema's business.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 
@@ -20,7 +20,11 @@ from megads.errors import ConfigError
 
 def check(config: Config, world_size: int, cuda: bool) -> None:
     """Raises one ConfigError that lists every reason why `config` cannot run on this many processes."""
-    problems = list(find_problems(config, world_size, cuda))
+    refuse_run(list(find_problems(config, world_size, cuda)), world_size)
+
+
+def refuse_run(problems: Sequence[str], world_size: int) -> None:
+    """Raises one ConfigError with all problems, numbered, if there are any."""
     if not problems:
         return
     many = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -35,6 +39,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from validate_layout.layout_problems(config, world_size)
     yield from _training(config)
     yield from _data(config)
+    yield from _checkpointing(config)
     yield from not_yet(config, cuda)
     yield from missing_packages(config)
     yield from deepspeed_problems(config, validate_layout.accumulation_steps(config, world_size))[0]
@@ -76,6 +81,9 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["training.tokens_per_parameter_ratio"], "total_training_tokens comes first"
     elif training.train_steps is not None:
         yield ["training.tokens_per_parameter_ratio"], "train_steps comes first"
+    yield from _after_the_end(config)
+    if config.checkpointing.init_from is None:
+        yield ["checkpointing.init_optimizer"], "init_from is null: there is no optimizer to keep"
     if training.average_decay is None:
         yield ["training.average_interval"], "average_decay is null: there is no average"
     if (policy := training.stability.spike_policy) != "rollback":
@@ -95,6 +103,16 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["model.moe.min_expert_capacity"], "capacity_factor is null, so nothing is dropped"
 
 
+def _after_the_end(config: Config) -> Iterator[tuple[list[str], str]]:
+    try:
+        _, train_steps = run_length(config)
+    except ValueError:
+        return  # a batch ramp that cannot be: `find_problems` says why
+    for path in ("training.exit_step", "logging.profile.start_step"):
+        if (get(config, path) or 0) > train_steps:
+            yield [path], f"the run ends after step {train_steps:,}"
+
+
 def _training(config: Config) -> Iterator[str]:
     training = config.training
     if training.use_fp16 and training.use_bf16:
@@ -104,10 +122,16 @@ def _training(config: Config) -> Iterator[str]:
             f"training.seq_length = {training.seq_length} is more than model.mla.max_context_length = "
             f"{config.model.mla.max_context_length}: raise the context length, or shorten the sequences"
         )
-    if training.lr_decay_style != "phases" and training.min_learning_rate > training.learning_rate:
+    has_minimum = training.lr_decay_style not in ("phases", "constant", "multistep")
+    if has_minimum and training.min_learning_rate > training.learning_rate:
         yield (
             f"training.min_learning_rate = {training.min_learning_rate:g} is above learning_rate = "
             f"{training.learning_rate:g}: lower it"
+        )
+    if training.lr_decay_style == "multistep" and any(factor < 0 for _, factor in training.lr_multistep):
+        yield (
+            f"training.lr_multistep = {training.lr_multistep}: factors on the learning rate cannot be "
+            "negative"
         )
     yield from _phases(training)
     yield from _length(config)
@@ -141,6 +165,7 @@ def _length(config: Config) -> Iterator[str]:
         return
     total_tokens, train_steps = run_length(config)
     yield from validate_schedules.phase_problems(config, total_tokens)
+    yield from validate_schedules.unreached(config, total_tokens)
     if training.lr_decay_style != "phases" and training.lr_warmup_steps > train_steps:
         yield (
             f"training.lr_warmup_steps = {training.lr_warmup_steps} is more than the {train_steps} steps of "
@@ -151,6 +176,20 @@ def _length(config: Config) -> Iterator[str]:
         learning_rate_schedule(training, total_tokens, batch)
     except ConfigError as error:
         yield str(error)
+
+
+def _checkpointing(config: Config) -> Iterator[str]:
+    checkpointing = config.checkpointing
+    if not checkpointing.save_scheduler:
+        yield (
+            "checkpointing.save_scheduler = false is refused: no run could go on from such a checkpoint. "
+            "Leave it out; to start at token 0 with the weights of a checkpoint, give checkpointing.init_from"
+        )
+    if checkpointing.init_from is not None and checkpointing.load not in (None, "latest"):
+        yield (
+            f"checkpointing.init_from = {checkpointing.init_from!r} starts a new run and "
+            f"checkpointing.load = {checkpointing.load!r} goes on with one: leave out one of them"
+        )
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -37,6 +37,30 @@ def _covers_run(path: str, phases: tuple[SchedulePhase, ...], total_tokens: int)
                 "(training.exit_step stops a longer run early)"
             )
             return
+    # A constant phase that goes on beyond the end has the same value before it.
+    if phases and phases[-1].shape != "constant" and phases[-1].until_tokens > total_tokens:
+        yield (
+            f"{path}: the run ends at {total_tokens:,} tokens, on the way to {phases[-1].to:g} at "
+            f"{phases[-1].until_tokens:,} tokens: end the phase where the run ends, or lengthen the run "
+            "(training.exit_step stops a longer run early)"
+        )
+
+
+def unreached(config: Config, total_tokens: int) -> Iterator[str]:
+    """A batch ramp or a mix of the data that lies beyond the end of the run."""
+    training = config.training
+    if training.batch_size_rampup_tokens >= total_tokens:
+        yield (
+            f"training.batch_size_rampup_tokens = {training.batch_size_rampup_tokens:,}, but the run has "
+            f"{total_tokens:,} tokens and never gets to global_batch_size = {training.global_batch_size}: "
+            "shorten the ramp, or leave it and batch_size_rampup_start out"
+        )
+    for number, phase in enumerate(config.data.phases, 1):
+        if phase.from_tokens >= total_tokens:
+            yield (
+                f"data.phases, phase {number} begins at {phase.from_tokens:,} tokens but the run ends at "
+                f"{total_tokens:,}: take it out, or lengthen the run"
+            )
 
 
 def sequence_length_problems(config: Config) -> Iterator[str]:

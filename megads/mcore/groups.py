@@ -1,14 +1,23 @@
-"""Process groups: made once at start, handed to everything that communicates."""
+"""Process groups: made at the start of a run, handed to everything that communicates, undone at its end."""
 
 import datetime
+import gc
+import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megads.config.resolve import Resolved
-from megads.errors import EnvironmentSetupError
+from megads.errors import CheckpointError, EnvironmentSetupError
 from megads.mcore.compat import check_megatron_version, quiet_megatron
+
+_store: Store | None = None
+_groups_made = _decisions_made = 0
 
 
 def world_size_from_environment() -> int:
@@ -43,15 +52,21 @@ def initialize_device(device: str) -> None:
 def initialize_process_groups(resolved: Resolved, timeout_minutes: float, seed: int) -> None:
     """Join the job, build Megatron-Core's parallel groups, seed every generator.
 
-    Without a launcher the job is this one process. Dropout and router noise draw from Megatron-Core's
-    RNG tracker; data-parallel ranks get different streams because they see different samples.
+    Can be called again after `destroy_process_groups`, for another layout. Dropout and router noise draw
+    from Megatron-Core's RNG tracker; data-parallel ranks get different streams because they see different
+    samples.
     """
-    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    global _groups_made
+    _groups_made += 1
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    dist.init_process_group(resolved.backend, timeout=timeout)
+    dist.init_process_group(
+        resolved.backend,
+        # A prefix of its own: the store still holds what earlier groups of these processes left in it.
+        store=PrefixStore(f"groups-{_groups_made}", _job_store(timeout)),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
 
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -71,12 +86,49 @@ def initialize_process_groups(resolved: Resolved, timeout_minutes: float, seed: 
 
 
 def destroy_process_groups() -> None:
-    """Leave the job: the end of a run or of a test."""
+    """Undo `initialize_process_groups`, and free what the run leaves on the device; it can be made again."""
     from megatron.core import parallel_state
 
+    if dist.is_initialized():
+        dist.barrier()  # nobody may still be talking to a process that leaves
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # modules and their hooks refer to each other in circles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def decided_by_rank_0(decide: Callable[[], Any], timeout_minutes: float) -> Any:
+    """What `decide` gives on rank 0 (plain data), or its CheckpointError, on every rank.
+
+    Needs no process groups; all ranks must ask for the same decisions in the same order.
+    """
+    global _decisions_made
+    _decisions_made += 1
+    store, key = _job_store(datetime.timedelta(minutes=timeout_minutes)), f"decision-{_decisions_made}"
+    if os.environ["RANK"] == "0":
+        try:
+            outcome = {"decision": decide()}
+        except CheckpointError as error:
+            outcome = {"error": str(error)}
+        store.set(key, json.dumps(outcome))
+    outcome = json.loads(store.get(key))
+    if "error" in outcome:
+        raise CheckpointError(outcome["error"])
+    return outcome["decision"]
+
+
+def _job_store(timeout: datetime.timedelta) -> Store:
+    """The key-value store of the job, joined once; without a launcher the job is this one process."""
+    global _store
+    if _store is None:
+        for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("WORLD_SIZE", "1")):
+            os.environ.setdefault(name, value)
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_free_port())
+        _store, _, _ = next(rendezvous("env://", timeout=timeout))
+    return _store
 
 
 def _free_port() -> int:

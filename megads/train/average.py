@@ -16,6 +16,7 @@ from megads.model.build import unwrap
 from megads.train.step import TrainingStep
 
 PREFIX = "average."
+EARLIER_UPDATES = "earlier_updates"
 
 
 def effective_decay(decay: float, updates: int) -> float:
@@ -31,10 +32,12 @@ class ParameterAverage:
 
     `update` is called after each optimizer step and acts every `interval` steps. What it averages are
     the weights as the model computes with them; in BF16 training the average itself stays float32.
+    `earlier_updates` are those of the runs that this one took the average over from.
     """
 
     def __init__(self, step: TrainingStep, decay: float, interval: int) -> None:
         self._step, self._decay, self._interval = step, decay, interval
+        self.earlier_updates = 0
         cuda = step.resolved.device == "cuda"
         self._averages: list[dict[str, Tensor]] = []
         for chunk in step.chunks:
@@ -62,7 +65,8 @@ class ParameterAverage:
         if step_number % self._interval:
             return
         self._step.gather_parameters()
-        weight = 1 - effective_decay(self._decay, step_number // self._interval - 1)
+        updates = self.earlier_updates + step_number // self._interval - 1
+        weight = 1 - effective_decay(self._decay, updates)
         pairs = list(self._pairs())
         averages = [average for _, average in pairs]
         weights = [parameter.detach().to("cpu", torch.float32) for parameter, _ in pairs]
@@ -89,7 +93,7 @@ class ParameterAverage:
 
         `metadata` is what the model's own sharded state is made with.
         """
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = {EARLIER_UPDATES: self.earlier_updates}
         for index, (chunk, averages) in enumerate(zip(self._step.chunks, self._averages, strict=True)):
             model = unwrap(chunk)
             average_of = {p.data_ptr(): averages[name] for name, p in model.named_parameters()}
@@ -100,6 +104,7 @@ class ParameterAverage:
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `sharded_state` gave the places for."""
+        self.earlier_updates = state.get(EARLIER_UPDATES, 0)
         for index, averages in enumerate(self._averages):
             loaded = state[f"average{index}"]
             assert loaded.keys() == averages.keys(), loaded.keys() ^ averages.keys()

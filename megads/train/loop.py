@@ -27,7 +27,7 @@ from megads.train.average import ParameterAverage
 from megads.train.evaluate import Validation
 from megads.train.profiler import StepProfiler
 from megads.train.reporter import Reporter
-from megads.train.resume import checkpoint_record, find_checkpoint, restore
+from megads.train.resume import checkpoint_record, find_checkpoint, find_origin, initialize, restore
 from megads.train.rollback import roll_back
 from megads.train.signals import StopRequest
 from megads.train.snapshot import sharded_state
@@ -38,8 +38,8 @@ from megads.train.step import StepResult, TrainingStep
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, resolved: Resolved) -> TrainState:
-    """Run the training that `config` describes; the process groups must exist. Returns its last state.
+def train(config: Config, resolved: Resolved) -> bool:
+    """Run the training that `config` describes; the process groups must exist. See `Run.to_the_end`.
 
     Raises DataError, CheckpointError or TrainingError, on every rank.
     """
@@ -73,11 +73,15 @@ class Run:
         if self.leads:
             logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)
+        origin = None if found else find_origin(config, store, self.datasets)
         self.step = TrainingStep(config, resolved)
         self.average: ParameterAverage | None = None
         if (decay := config.training.average_decay) is not None:
             self.average = ParameterAverage(self.step, decay, config.training.average_interval)
-        self.state = restore(resolved, store, found, self.step, self.datasets, self.average)
+        if origin is not None:
+            self.state = initialize(config, store, origin, self.step, self.average)
+        else:
+            self.state = restore(resolved, store, found, self.step, self.datasets, self.average)
         if self.state.skipped_samples:
             self.build_datasets(self.state.skipped_samples)
         self.watch = SpikeWatch(config.training.stability, self.state.recent_losses)
@@ -109,8 +113,11 @@ class Run:
         counts = replace(counts, train=counts.train + skipped_samples)
         self.datasets = build_datasets(self.config, self.resolved, counts)
 
-    def to_the_end(self) -> TrainState:
-        """All remaining steps; then the last checkpoint, the last evaluation and the loss curve."""
+    def to_the_end(self) -> bool:
+        """All remaining steps; then the last checkpoint, the last evaluation and the loss curve.
+
+        False where the run was to stop, before its last step or while that was being saved.
+        """
         last_step = self.resolved.train_steps
         if self.config.training.exit_step is not None:
             last_step = min(last_step, self.config.training.exit_step)
@@ -136,14 +143,15 @@ class Run:
                         "%s received: saving and stopping after step %d", signal_name, self.state.step
                     )
                     break
-            self._finish(completed=self.state.step >= self.resolved.train_steps)
+            completed = self.state.step >= self.resolved.train_steps
+            self._finish(completed)
+            return completed and self.stop.agreed() is None
         finally:
             profiler.close(self.state.step)
             self.stop.close()
             if isinstance(self.loader, Loader):
                 self.loader.close()
             self.reporter.close()
-        return self.state
 
     def open_loader(self) -> None:
         """Batches from the position of the state on, for the ranks that need any."""

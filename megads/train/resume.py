@@ -25,12 +25,11 @@ def checkpoint_record(
     config: Config, resolved: Resolved, state: TrainState, datasets: Datasets
 ) -> dict[str, Any]:
     """What a checkpoint says of itself, readable without loading it."""
-    checkpointing = config.checkpointing
     return {
         **show.record(config, resolved),
         "tokens": state.tokens,
-        "state": state.to_dict() if checkpointing.save_scheduler else None,
-        "has_optimizer": checkpointing.save_optimizer,
+        "state": state.to_dict(),
+        "has_optimizer": config.checkpointing.save_optimizer,
         "has_average": config.training.average_decay is not None,
         "layout": layout_of(resolved),
         "tokenizer_sha256": datasets.tokenizer_sha256,
@@ -41,16 +40,58 @@ def checkpoint_record(
 def find_checkpoint(
     config: Config, store: CheckpointStore, datasets: Datasets
 ) -> commit.CheckpointInfo | None:
-    """The checkpoint to start from, verified and of this model; None: start afresh."""
-    source = config.checkpointing.load
-    if source is None:
-        return None
-    found = store.find(source)
+    """The checkpoint to go on from, verified and of this model; None: start at token 0."""
+    return _find(config.checkpointing.load, config, store, datasets, new_run=False)
+
+
+def find_origin(config: Config, store: CheckpointStore, datasets: Datasets) -> commit.CheckpointInfo | None:
+    """The checkpoint of another run whose weights a new run starts with, verified and fitting; None: random.
+
+    Raises CheckpointError where its optimizer is to be kept and is not in it.
+    """
+    found = _find(config.checkpointing.init_from, config, store, datasets, new_run=True)
+    keep = config.checkpointing.init_optimizer == "keep"
+    if found is not None and keep and not commit.read_record(found.path)["has_optimizer"]:
+        raise CheckpointError(
+            f"{found.path}: saved without its optimizer (checkpointing.save_optimizer), so "
+            'checkpointing.init_optimizer cannot be "keep": set it to "fresh"'
+        )
+    return found
+
+
+def _find(
+    source: str | None, config: Config, store: CheckpointStore, datasets: Datasets, *, new_run: bool
+) -> commit.CheckpointInfo | None:
+    found = store.find(source) if source is not None else None
     if found is not None:
         record = commit.read_record(found.path)
         allowed = config.checkpointing.allow_changed
-        check_compatible(record, config, datasets.tokenizer_sha256, allowed)
+        check_compatible(record, config, datasets.tokenizer_sha256, allowed, new_run=new_run)
     return found
+
+
+def initialize(
+    config: Config,
+    store: CheckpointStore,
+    origin: commit.CheckpointInfo,
+    step: TrainingStep,
+    average: ParameterAverage | None,
+) -> TrainState:
+    """Fill the model of a new run with the weights of `origin`; its counters and generators are its own.
+
+    The optimizer comes along with `checkpointing.init_optimizer` "keep", the average of the weights where
+    both runs have one.
+    """
+    record = commit.read_record(origin.path)
+    optimizer = config.checkpointing.init_optimizer == "keep"
+    _load(store, origin, record, step, optimizer=optimizer, generators=False, average=average)
+    if average is not None and record["has_average"]:
+        interval = record["config"]["training"]["average_interval"]
+        average.earlier_updates += origin.step // interval
+    if dist.get_rank() == 0:
+        what = "weights and optimizer state" if optimizer else "weights"
+        logger.info("a new run on the %s of %s", what, origin.path)
+    return TrainState()
 
 
 def restore(
@@ -66,6 +107,24 @@ def restore(
         return TrainState()
     record = commit.read_record(found.path)
     optimizer, generators = bool(record["has_optimizer"]), record["layout"] == layout_of(resolved)
+    _load(store, found, record, step, optimizer=optimizer, generators=generators, average=average)
+    state = TrainState.from_dict(record["state"])
+    if dist.get_rank() == 0:
+        _tell_differences(record, datasets, optimizer, state)
+    return state
+
+
+def _load(
+    store: CheckpointStore,
+    found: commit.CheckpointInfo,
+    record: dict[str, Any],
+    step: TrainingStep,
+    *,
+    optimizer: bool,
+    generators: bool,
+    average: ParameterAverage | None,
+) -> None:
+    """Tensors of a checkpoint into their places; an average that it does not hold begins with the weights."""
     saved_average = average if record.get("has_average") else None
     loaded = store.load(
         found.path,
@@ -78,18 +137,12 @@ def restore(
         average.start_from_weights()
         if dist.get_rank() == 0:
             logger.warning("the checkpoint holds no average of the weights: it starts from these weights")
-    state = TrainState.from_dict(record["state"]) if record["state"] is not None else TrainState()
-    if dist.get_rank() == 0:
-        _tell_differences(record, datasets, optimizer, state)
-    return state
 
 
 def _tell_differences(record: dict[str, Any], datasets: Datasets, optimizer: bool, state: TrainState) -> None:
     if not optimizer:
         logger.warning("the checkpoint holds no optimizer state: the optimizer starts afresh")
-    if record["state"] is None:
-        logger.warning("the checkpoint holds no training state: steps and schedules start at 0")
-    if record["state"] is not None and record["data_fingerprint"] != datasets.fingerprint(state.samples):
+    if record["data_fingerprint"] != datasets.fingerprint(state.samples):
         logger.warning(
             "the data, their weights or the seed differ from the checkpoint's: samples come in another order "
             "from here on, and some may be seen twice"

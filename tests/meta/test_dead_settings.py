@@ -46,6 +46,7 @@ ALLOWED = {
     "data.dataset_version": RECORD,
     "data.sources[].description": RECORD,
     "data.preprocessing.shuffle": REFUSED,
+    "checkpointing.save_scheduler": REFUSED,
     "distributed.backend": REFUSED + "; resolve derives it from the device",
     "distributed.launcher": LAUNCHER,
     **{

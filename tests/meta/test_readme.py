@@ -14,6 +14,7 @@ from megads.config.flags import parse_flags
 from megads.config.flops import count_parameters
 from megads.config.jsonc import parse_jsonc
 from megads.config.loader import load_config
+from megads.config.stages import load_stages
 from megads.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -59,9 +60,9 @@ def check_training(words: list[str]) -> None:
     arguments = parse_flags(
         [word.replace("FILE", "configs/debug.json") for word in words[at + 1 :] if word != "N"]
     )
-    config = load_config(ROOT / (arguments.config or ""), arguments.overrides, arguments.origins)
+    stages = load_stages(ROOT / (arguments.config or ""), arguments.overrides, arguments.origins)
     launched = option(words[:at], "--nnodes") * option(words[:at], "--nproc-per-node")
-    assert show.dry_run(config, arguments.world_size or launched, cuda=True)
+    assert show.dry_run_stages(stages, arguments.world_size or launched, cuda=True)
 
 
 def check_command(words: list[str]) -> None:
@@ -145,7 +146,7 @@ def test_configurations_shown_can_be_loaded(path: Path, text: str, tmp_path: Pat
     assert parse_jsonc(whole, path.name)
     shown = tmp_path / "shown.json"
     shown.write_text(whole.replace('"extends": "', f'"extends": "{ROOT / "configs"}/'))
-    load_config(shown)
+    load_stages(shown)
 
 
 def test_the_table_of_configurations() -> None:

@@ -13,6 +13,7 @@ from megads.config.loader import load_config
 from megads.config.resolve import planned_hardware, resolve
 from megads.config.schedule import learning_rate_schedule
 from megads.config.show import dry_run
+from megads.config.stages import check_stages, load_stages, planned_processes
 from megads.config.tree import leaves
 from megads.config.validate import check, notes
 
@@ -29,6 +30,8 @@ SHIPPED = [
     ("deepseek_v2_lite", 64, 15.7e9),
     ("moonlight_16b_a3b", 64, 16e9),
 ]
+# (configuration with stages, processes)
+STAGED = {"stages_debug": 2, "deepseek_v3_671b_stages": 2048}
 DOMAINS = [
     "cc", "refined_web", "starcoder", "c4", "reddit", "pes2o", "redpajama", "flan", "openwebmath",
     "proof_pile_2", "gutenberg", "metawika", "wikimedia",
@@ -38,7 +41,8 @@ SUBSETS = {f"dolma_v1_6_{name}" for name in DOMAINS}
 
 def test_no_configuration_is_forgotten() -> None:
     fragments = {"dolma", "deepspeed_zero1", "megads.schema"}
-    assert {path.stem for path in CONFIGS.glob("*.json")} == {name for name, _, _ in SHIPPED} | fragments
+    known = {name for name, _, _ in SHIPPED} | set(STAGED) | fragments
+    assert {path.stem for path in CONFIGS.glob("*.json")} == known
 
 
 @pytest.mark.parametrize(("name", "world_size", "parameters"), SHIPPED)
@@ -51,6 +55,15 @@ def test_it_is_sound_and_of_its_size(name: str, world_size: int, parameters: flo
     assert f"{world_size} on {'cuda' if cuda else 'cpu'}" in dry_run(config, world_size, cuda)
     if config.distributed.slurm.enabled:
         assert planned_hardware(config) == (world_size, True)
+
+
+@pytest.mark.parametrize(("name", "world_size"), STAGED.items())
+def test_stages_are_sound(name: str, world_size: int) -> None:
+    stages = load_stages(CONFIGS / f"{name}.json")
+    cuda = name != "stages_debug"
+    assert planned_processes(stages) == (world_size, cuda)
+    check_stages(stages, world_size, cuda)
+    assert [notes(stage.config) for stage in stages] == [[]] * len(stages)
 
 
 @pytest.mark.parametrize("name", sorted({name for name, _, _ in SHIPPED} - {"debug", "demo"}))

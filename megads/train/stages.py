@@ -1,0 +1,116 @@
+"""Runs the stages of a configuration, one after the other, in the same processes.
+
+Each stage has its own process groups, model and optimizer, so that its layout can be another one. What is
+done already is read from the checkpoints: a stage is finished when its newest is at its last step.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from megads.checkpoint import commit
+from megads.config import show
+from megads.config.resolve import Resolved, checkpoint_directory, resolve, run_length
+from megads.config.schema import Config
+from megads.config.stages import Stage
+from megads.config.validate import notes
+from megads.errors import CheckpointError
+from megads.log import setup_logging
+from megads.mcore.groups import (
+    decided_by_rank_0,
+    destroy_process_groups,
+    initialize_device,
+    initialize_process_groups,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run_stages(stages: Sequence[Stage], world_size: int, cuda: bool, only: str | None = None) -> None:
+    """Run what is left of the stages, or of the `only` one; a stop request in any of them ends it all.
+
+    Raises DataError, CheckpointError or TrainingError, on every rank.
+    """
+    rank, ran = int(os.environ.get("RANK", "0")), False
+    for number, stage in enumerate(stages):
+        if only not in (None, stage.name):
+            continue
+        config, resolved = stage.config, resolve(stage.config, world_size, cuda)
+        setup_logging(log_file=stage.log_file)
+        if stage.name:
+            decide = partial(_where_to_start, stages, number)
+            skipped, origin = decided_by_rank_0(decide, config.distributed.timeout_minutes)
+            if rank == 0:
+                what = f"skipped, {skipped}" if skipped else f"number {number + 1} of {len(stages)}"
+                logger.info("stage %s: %s", stage.name, what)
+            if skipped:
+                continue
+            if origin is not None:
+                start = config.checkpointing.model_copy(update={"init_from": origin})
+                config = config.model_copy(update={"checkpointing": start})
+        ran = True
+        if not _run(config, resolved, leads=rank == 0):
+            return
+    if rank == 0 and not ran:
+        logger.info("nothing is left to do")
+
+
+def _run(config: Config, resolved: Resolved, leads: bool) -> bool:
+    """One run with process groups of its own; whether it came to its end."""
+    initialize_device(resolved.device)
+    initialize_process_groups(resolved, config.distributed.timeout_minutes, config.seed)
+    if leads:
+        logger.info("configuration (* differs from the default):\n%s", show.render(config))
+        for note in notes(config):
+            logger.info("note: %s", note)
+    # Imports Megatron-Core, which must find the substitutions of a CPU run in place.
+    from megads.train.loop import train
+
+    completed = train(config, resolved)
+    destroy_process_groups()
+    return completed
+
+
+def _where_to_start(stages: Sequence[Stage], number: int) -> tuple[str, str | None]:
+    """(why a stage is skipped, or nothing; the checkpoint of the stage before it that it starts from).
+
+    Raises CheckpointError where what lies in the directories of the stages does not fit together.
+    """
+    stage, own = stages[number], _newest(stages[number])
+    if stage.config.checkpointing.load is not None:
+        if own is not None and own.step >= _last_step(stage):
+            return f"finished at step {own.step}", None
+        begun = next((later for later in stages[number + 1 :] if _newest(later) is not None), None)
+        if begun is not None and own is None:
+            return f"its checkpoints are gone and stage {begun.name} has begun", None
+        if begun is not None and own is not None:
+            raise CheckpointError(
+                f"stage {stage.name} is at step {own.step} of {_last_step(stage)}, but stage {begun.name} "
+                f"after it has checkpoints in {checkpoint_directory(begun.config)}: move them away to "
+                f"run it again on the longer stage {stage.name}, or give that its old length"
+            )
+        if own is not None:
+            return "", None
+    if number == 0:
+        return "", None
+    before = stages[number - 1]
+    origin, last_step = _newest(before), _last_step(before)
+    if origin is None or origin.step < last_step:
+        found = (
+            "there is no checkpoint" if origin is None else f"its newest checkpoint is of step {origin.step}"
+        )
+        raise CheckpointError(
+            f"stage {stage.name} starts from step {last_step} of stage {before.name}, but in "
+            f"{checkpoint_directory(before.config)} {found}: run stage {before.name} to its end first"
+        )
+    return "", str(origin.path)
+
+
+def _newest(stage: Stage) -> commit.CheckpointInfo | None:
+    # Contents are verified when one is loaded; here the listing and the sizes must do.
+    return commit.newest_good(checkpoint_directory(stage.config), hasher=None, move_bad=False)
+
+
+def _last_step(stage: Stage) -> int:
+    return run_length(stage.config)[1]
