@@ -68,8 +68,9 @@ class Router(MegatronModule):
     """Routes [S, B, H] hidden states; the router of Megatron-Core's `MoELayer`.
 
     Buffers: `expert_bias` [E] float32, saved; `tokens_per_expert` [E] counts choices since
-    `reset_statistics` (before capacity), `balance_loss` the unweighted auxiliary loss since then,
-    summed over micro-batches; both are this rank's part.
+    `reset_statistics` (before capacity), `score_sums` [E] sums the tokens' scores since then, each token's
+    normalized to 1, `balance_loss` the unweighted auxiliary loss over micro-batches; all three are this
+    rank's part.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Router(MegatronModule):
         zeros = torch.zeros(moe.num_experts, dtype=torch.float32, device=torch.cuda.current_device())
         self.register_buffer("expert_bias", zeros.clone() if moe.use_aux_loss_free else None)
         self.register_buffer("tokens_per_expert", zeros.clone(), persistent=False)
+        self.register_buffer("score_sums", zeros.clone(), persistent=False)
         self.register_buffer("balance_loss", zeros[:1].clone(), persistent=False)
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -118,6 +120,7 @@ class Router(MegatronModule):
     def reset_statistics(self) -> None:
         """Forget loads and losses: called before each optimizer step's forward passes."""
         self.tokens_per_expert.zero_()
+        self.score_sums.zero_()
         self.balance_loss.zero_()
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -141,6 +144,8 @@ class Router(MegatronModule):
         # Gradients are off in evaluation and in the first pass of recomputation: count once.
         if self.training and torch.is_grad_enabled():
             self.tokens_per_expert += routed_TE.sum(dim=0)
+            scores = scores_TE.detach()
+            self.score_sums += scores.sum(dim=-1).clamp(min=1e-20).reciprocal() @ scores
             gates_TE = self._attach_losses(gates_TE, logits_TE, scores_TE, input.shape[1])
         if moe.capacity_factor is not None:
             capacity = expert_capacity(gates_TE.shape[0], moe)
@@ -197,6 +202,13 @@ class Router(MegatronModule):
 def routers_of(model_chunks: list[torch.nn.Module]) -> list[Router]:
     """All routers of this rank's model chunks, in order."""
     return [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, Router)]
+
+
+@torch.no_grad()
+def bias_ranges(routers: list[Router]) -> Tensor:
+    """Largest minus smallest expert bias of each router [L]; there must be biases."""
+    biases_LE = torch.stack([router.expert_bias for router in routers])  # type: ignore[misc]
+    return biases_LE.amax(-1) - biases_LE.amin(-1)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from megads.log import terminal_console
-from megads.train.metrics import Record
+from megads.train.metrics import Record, perplexity
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,7 +133,7 @@ def train_line(record: Record, train_steps: int) -> str:
 def validation_line(record: Record, train_steps: int) -> str:
     """One evaluation on one line, sources at the end."""
     sources = [
-        f"{key.removeprefix('loss/')} {_number(record[key], 1, 3)}"
+        f"{key.removeprefix('loss/')} {_number(record[key], 1, 3)} ({_number(perplexity(record[key]), 1, 1)})"
         for key in record
         if key.startswith("loss/")
     ]
@@ -142,7 +142,7 @@ def validation_line(record: Record, train_steps: int) -> str:
         f"validation loss {_number(record['loss'], 1, 4)}",
         f"perplexity {_number(record['perplexity'], 1, 2)}",
         *(["best so far"] if record["is_best"] else []),
-        *(["by source: " + ", ".join(sources)] if sources else []),
+        *(["by source, loss (perplexity): " + ", ".join(sources)] if sources else []),
     ]
     return " | ".join(fields)
 

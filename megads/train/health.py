@@ -17,12 +17,11 @@ FEWEST_NORMS = 5
 
 
 class HealthWatch:
-    """Looks at each training record; `vocab_size` and `memory_bytes` (of the device) are of the run."""
+    """Looks at each training record; `vocab_size` is of the run."""
 
-    def __init__(self, settings: Health, *, vocab_size: int, memory_bytes: int) -> None:
+    def __init__(self, settings: Health, *, vocab_size: int) -> None:
         self._settings = settings
         self._ignorance = math.log(vocab_size)
-        self._memory_bytes = memory_bytes
         self._norms: deque[float] = deque(maxlen=NORMS)
         self._best_loss = math.inf
         self._intervals_since_best = 0
@@ -45,9 +44,9 @@ class HealthWatch:
                 yield "grad_norm", f"the gradient norm is {norm:.3g}, usual is {usual:.3g}"
             self._norms.append(norm)
         yield from self._of_experts(record)
-        used = record.get("peak_memory_bytes")
-        if used is not None and used > self._settings.memory_share * self._memory_bytes:
-            share = used / self._memory_bytes
+        share = record.get("memory_share")
+        if share is not None and share > self._settings.memory_share:
+            used = record["peak_memory_bytes"]
             yield "memory", f"{share:.0%} of the memory has been in use ({used / 2**30:.1f} GiB)"
 
     def _of_loss(self, loss: float) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,9 @@
 The loop tells it what happened; who is told, and on which ranks, is decided here.
 """
 
+import functools
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -18,21 +20,21 @@ from megads.config.flops import count_parameters, training_flops_per_token
 from megads.config.resolve import Resolved
 from megads.config.scalars import Scalars
 from megads.config.schema import Config
+from megads.model.router import bias_ranges
 from megads.train.console import ConsoleSink
 from megads.train.curve import draw_curve
 from megads.train.health import HealthWatch
 from megads.train.matmul_rate import peak_rate
+from megads.train.meters import SpeedMeter, StepMeter, used_memory
 from megads.train.metrics import (
     Record,
-    SpeedMeter,
-    StepMeter,
     event_record,
-    memory_bytes,
-    peak_memory_bytes,
+    experts_record,
     run_record,
     train_record,
     validation_record,
 )
+from megads.train.phases import PHASES
 from megads.train.sinks import METRICS_FILE, Sinks, open_sinks
 from megads.train.state import TrainState
 from megads.train.step import StepResult, TrainingStep
@@ -46,18 +48,15 @@ class Reporter:
     """Every rank has one and tells it the same; rank 0 writes. `close` it at the end."""
 
     def __init__(self, config: Config, resolved: Resolved, step: TrainingStep, state: TrainState) -> None:
-        self._config, self._resolved = config, resolved
+        self._config, self._resolved, self._step = config, resolved, step
         self._leads = dist.get_rank() == 0
         dist.barrier()  # so that all processes of a host measure their matmul rate at once
         peak = peak_rate(resolved.device)
         self._speed = SpeedMeter(peak_flops_per_second=peak.flops_per_second, processes=resolved.world_size)
-        self._meter = _step_meter(config, resolved)
+        self._losses = ["lm_loss", *(f"mtp_loss_{k}" for k in range(1, step.depths))]
+        self._meter = self._step_meter()
         self._router_rows = [router.index_among(resolved.shape.is_moe) for router in step.routers]
-        self._health = HealthWatch(
-            config.logging.health,
-            vocab_size=config.model.vocab_size,
-            memory_bytes=memory_bytes(resolved.device),
-        )
+        self._health = HealthWatch(config.logging.health, vocab_size=config.model.vocab_size)
         self._sinks = Sinks([])
         self._console: ConsoleSink | None = None
         if not self._leads:
@@ -78,6 +77,21 @@ class Reporter:
             )
         )
 
+    def _step_meter(self) -> StepMeter:
+        config, shape = self._config, self._resolved.shape
+        moe_layers = sum(shape.is_moe)
+        mtp_layers = shape.mtp_depth if shape.mtp_is_moe else 0
+        names = [*self._losses, *self._step.contents.names, "grad_norm", "squared_param_norm"]
+        names += ["mtp_loss"] if shape.mtp_depth else []
+        names += ["aux_loss"] if moe_layers and config.model.moe.balance_loss_type != "none" else []
+        names += [f"seconds/{phase}" for phase in PHASES]
+        return StepMeter(
+            names,
+            moe_layers=moe_layers + mtp_layers,
+            num_experts=config.model.moe.num_experts if moe_layers else 0,
+            device=torch.device(self._resolved.device),
+        )
+
     def _open_sinks(self, state: TrainState) -> None:
         """Write after the step of `state`; what the sinks held beyond it is set aside."""
         self._sinks = open_sinks(
@@ -87,6 +101,7 @@ class Reporter:
     def go_back(self, state: TrainState) -> None:
         """Go on after the step of `state`, which is behind; what was measured since then is set aside."""
         self._meter.drain()
+        self._step.phases.drain()
         if self._leads:
             self._sinks.close()
             self._open_sinks(state)
@@ -102,7 +117,8 @@ class Reporter:
     def step_done(self, result: StepResult, state: TrainState) -> None:
         """Take in what a step measured."""
         meter = self._meter
-        meter.add_sum("lm_loss", result.loss_sums[0], result.token_counts[0])
+        meter.add_sums(self._losses, result.loss_sums, result.token_counts)
+        meter.add_sums(self._step.contents.names, *result.contents)
         if self._resolved.shape.mtp_depth:
             meter.add_sum("mtp_loss", result.loss_sums[1:].sum(), result.token_counts[1:].sum())
         if result.grad_norm is not None:
@@ -110,7 +126,7 @@ class Reporter:
         if len(result.balance_losses):
             if self._config.model.moe.balance_loss_type != "none":
                 meter.add_sum("aux_loss", result.balance_losses.sum(), len(result.balance_losses))
-            meter.add_expert_load(result.loads, self._router_rows)
+            meter.add_experts(result.loads, result.score_sums, self._router_rows)
         meter.step_done()
         if self._console is not None:
             self._console.step_done(state.step)
@@ -119,22 +135,37 @@ class Reporter:
         self, state: TrainState, scalars: Scalars, batch_size: int, sampled: Mapping[str, int]
     ) -> None:
         """Write a log interval; collective. `sampled`: sequences of each source so far."""
+        self._measure_state()
         averages = self._meter.drain(dist.all_reduce)
+        averages.means["param_norm"] = math.sqrt(averages.means.pop("squared_param_norm") or 0.0)
+        memory = used_memory(self._resolved.device, functools.partial(dist.all_reduce, op=dist.ReduceOp.MAX))
         speed = self._speed.interval(self._resolved.total_tokens - state.tokens)
         if not self._leads:
             return
         record = train_record(
-            state,
-            averages,
-            speed,
-            scalars=scalars,
-            batch_size=batch_size,
-            sampled=sampled,
-            peak_memory_bytes=peak_memory_bytes(self._resolved.device),
+            state, averages, speed, scalars=scalars, batch_size=batch_size, memory=memory, sampled=sampled
         )
         self._write(record)
+        if averages.experts is not None and self._expert_load_due(state.step):
+            self._write(experts_record(state, averages.experts))
         for name, text in self._health.look(record):
             self.event(state.step, state.tokens, "health", {"trouble": name, "text": text}, text)
+
+    def _measure_state(self) -> None:
+        """Add to the interval what need not be measured at every step; collective."""
+        step, meter = self._step, self._meter
+        seconds = step.phases.drain()
+        for phase in PHASES:
+            every_step = phase in ("data", "forward_backward", "optimizer")
+            meter.add(f"seconds/{phase}", seconds[phase] / (meter.steps if every_step else 1))
+        # All ranks' shares add up; the weights must add up to 1.
+        meter.add_sum("squared_param_norm", step.squared_parameter_norm_share(), float(self._leads))
+        if step.routers and self._config.model.moe.use_aux_loss_free:
+            meter.add_bias_ranges(bias_ranges(step.routers), self._router_rows)
+
+    def _expert_load_due(self, step: int) -> bool:
+        every = self._config.logging.expert_load_interval
+        return every > 0 and step // self._config.training.log_interval % every == 0
 
     def evaluation(
         self,
@@ -185,20 +216,6 @@ class Reporter:
         self._sinks.close()
         if self._console is not None:
             self._console.close()
-
-
-def _step_meter(config: Config, resolved: Resolved) -> StepMeter:
-    moe_layers = sum(resolved.shape.is_moe)
-    mtp_layers = resolved.shape.mtp_depth if resolved.shape.mtp_is_moe else 0
-    names = ["lm_loss", "grad_norm"]
-    names += ["mtp_loss"] if resolved.shape.mtp_depth else []
-    names += ["aux_loss"] if moe_layers and config.model.moe.balance_loss_type != "none" else []
-    return StepMeter(
-        names,
-        moe_layers=moe_layers + mtp_layers,
-        num_experts=config.model.moe.num_experts if moe_layers else 0,
-        device=torch.device(resolved.device),
-    )
 
 
 def layout_text(resolved: Resolved) -> str:

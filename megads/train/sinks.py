@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import orjson
 
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
-from megads.train.metrics import Record
+from megads.train.metrics import Record, perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -129,10 +130,15 @@ class TensorBoardSink:
         self._writer = SummaryWriter(str(log_dir), purge_step=resumed_step + 1)
 
     def write(self, record: Record) -> None:
-        """Add every number as a curve `kind/name`; a `run` record is added as text."""
+        """Add every number as a curve `kind/name`; a `run` record as text, the experts' load as an image."""
         if record["kind"] == "run":
             text = json.dumps(record, indent=2, default=str)
             self._writer.add_text("run", f"```\n{text}\n```", record["step"])
+        elif record["kind"] == "experts":
+            load_LE = np.array(record["load_by_layer"])
+            # A row per layer, a column per expert: grey is an even share, white twice that or more.
+            grey_LE = np.clip(load_LE * load_LE.shape[1] / 2, 0.0, 1.0)
+            self._writer.add_image("experts/load", grey_LE, record["step"], dataformats="HW")
         else:
             for tag, value in scalars(record):
                 self._writer.add_scalar(tag, value, record["step"])
@@ -180,13 +186,16 @@ class WandbSink:
         _replace(id_file, self._run.id.encode())
 
     def write(self, record: Record) -> None:
-        """Log every number under `kind/name`; a `run` record goes to the run's summary."""
+        """Log every number under `kind/name`; a `run` record goes to the run's summary.
+
+        The load of each expert is not sent: TensorBoard and `metrics.jsonl` have it.
+        """
         if record["kind"] == "run":
             self._run.summary.update(
                 {f"run/{name}": value for name, value in record.items() if name != "kind"}
             )
-        else:
-            self._run.log(dict(scalars(record)), step=record["step"])
+        elif numbers := dict(scalars(record)):
+            self._run.log(numbers, step=record["step"])
 
     def close(self) -> None:
         """Wait until everything is uploaded."""
@@ -196,7 +205,7 @@ class WandbSink:
 def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """(tag, number) pairs of a record; a list gives one tag per entry, unknown values give none.
 
-    NaN and infinity are passed on: a curve should show where they were.
+    A loss brings its perplexity along. NaN and infinity are passed on: a curve should show where they were.
     """
     kind = record["kind"]
     for name, value in record.items():
@@ -204,10 +213,14 @@ def scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             continue
         if isinstance(value, list):
             for i, entry in enumerate(value):
-                if entry is not None:
+                if isinstance(entry, int | float):
                     yield f"{kind}_by_layer/{name.removesuffix('_by_layer')}/{i:03d}", float(entry)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{kind}/{name}", float(value)
+            if name == "lm_loss":
+                yield f"{kind}/perplexity", perplexity(value)
+            elif name.startswith("loss/"):
+                yield f"{kind}/perplexity/{name.removeprefix('loss/')}", perplexity(value)
 
 
 def _cut_back(path: Path, resumed_step: int) -> None:

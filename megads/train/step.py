@@ -30,6 +30,9 @@ from megads.model.build import build_model
 from megads.model.context_parallel import local_part
 from megads.model.router import routers_of, update_expert_biases
 from megads.optim.build import NonFiniteGradientsError, build_optimizer, set_learning_rate, wrap_data_parallel
+from megads.optim.parameter_norm import squared_norm_share
+from megads.train.contents import Contents
+from megads.train.phases import PhaseClock
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,37 @@ class StepResult:
     """What a step measured; tensors stay on the device until somebody reads them.
 
     `loss_sums` and `token_counts` [K] are cross-entropy sums and tokens per prediction depth over the
-    global batch, the same on every rank. `grad_norm` is None and `applied` False where the gradients were
-    not finite or the step was not accepted: nothing was updated. `loads` [L, E] are tokens per expert of
-    this pipeline stage's L routers, `balance_losses` [L] their mean auxiliary losses.
+    global batch, the same on every rank; `loss` is the mean of depth 0. `contents` [2, C] are the columns
+    of `Contents`. `grad_norm` is None and `applied` False where the gradients were not finite or the step
+    was not accepted: nothing was updated. Of this pipeline stage's L routers, over the global batch: `loads`
+    [L, E] are tokens per expert, `score_sums` [L, E] sums of the tokens' normalized scores, `balance_losses`
+    [L] mean auxiliary losses.
     """
 
+    loss: float
     loss_sums: Tensor
     token_counts: Tensor
+    contents: Tensor
     grad_norm: float | None
     applied: bool
     loads: Tensor
+    score_sums: Tensor
     balance_losses: Tensor
+
+
+class HostCopy:
+    """A scalar on its way to the host: `read` waits for this copy, not for what was queued after it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.detach().to("cpu", non_blocking=True)  # from CUDA, to pinned memory
+        self._copied = torch.cuda.Event() if value.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._value.numpy())
 
 
 def _masks(loss_mask_BS: Tensor, depths: int, cp_group: dist.ProcessGroup) -> Tensor:
@@ -59,27 +82,39 @@ def _masks(loss_mask_BS: Tensor, depths: int, cp_group: dist.ProcessGroup) -> Te
 
 
 def _loss(
-    loss_mask_BS: Tensor, mtp_loss_weight: float, cp_group: dist.ProcessGroup, losses_KBS: Tensor
+    batch: dict[str, Tensor],
+    mtp_loss_weight: float,
+    contents: Contents,
+    cp_group: dist.ProcessGroup,
+    losses_KBS: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(summed objective, tokens, [2, K] sums and counts to report) of one micro-batch on this rank."""
+    """(summed objective, tokens, [2, K + C] sums and counts to report) of one micro-batch on this rank.
+
+    `batch` is this rank's part of the sequences.
+    """
     depths = losses_KBS.shape[0]
-    masks_KBS = _masks(loss_mask_BS, depths, cp_group)
-    sums_K = (losses_KBS * masks_KBS).sum(dim=(1, 2))
+    masks_KBS = _masks(batch["loss_mask"], depths, cp_group)
+    counted_KBS = losses_KBS * masks_KBS
+    sums_K = counted_KBS.sum(dim=(1, 2))
     weights_K = torch.full_like(sums_K, mtp_loss_weight / max(1, depths - 1))
     weights_K[0] = 1.0
     counts_K = masks_KBS.sum(dim=(1, 2))
-    report = torch.stack((sums_K.detach(), counts_K))
+    report = torch.stack((sums_K.detach(), counts_K)).double()
+    report = torch.cat((report, contents.count(batch, counted_KBS[0].detach(), masks_KBS[0])), dim=1)
     return (sums_K * weights_K).sum(), counts_K[0].to(torch.int), report
 
 
 class TrainingStep:
     """The model, its optimizer, and the steps they take; one per process.
 
-    `chunks` are the data-parallel-wrapped model chunks of this rank.
+    `chunks` are the data-parallel-wrapped model chunks of this rank; `contents` is what to count in the
+    batches of training, `phases` where the time goes.
     """
 
-    def __init__(self, config: Config, resolved: Resolved) -> None:
+    def __init__(self, config: Config, resolved: Resolved, contents: Contents | None = None) -> None:
         self.config, self.resolved = config, resolved
+        self.contents = contents or Contents()
+        self.phases = PhaseClock(cuda=resolved.device == "cuda")
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         self.chunks = wrap_data_parallel(config, resolved, build_model(config, resolved))
         self.optimizer: MegatronOptimizer = build_optimizer(config, resolved, self.chunks)
@@ -103,6 +138,7 @@ class TrainingStep:
         self,
         mtp_loss_weight: float,
         seq_length: int,
+        contents: Contents,
         batches: Iterator[dict[str, Tensor]] | None,
         model: torch.nn.Module,
     ) -> tuple[Tensor, Any]:
@@ -116,13 +152,14 @@ class TrainingStep:
             for name, tensor in shortened(next(batches), seq_length).items()
         }
         data = self.config.data
+        part = batch | {name: local_part(batch[name], cp) for name in ("tokens", "labels", "loss_mask")}
         output = model(
-            local_part(batch["tokens"], cp),
-            local_part(batch["labels"], cp),
+            part["tokens"],
+            part["labels"],
             batch["position_ids"] if data.reset_position_ids else positions,
             batch["document_ids"] if data.document_mask else None,
         )
-        return output, partial(_loss, local_part(batch["loss_mask"], cp), mtp_loss_weight, cp)
+        return output, partial(_loss, part, mtp_loss_weight, contents, cp)
 
     def _run(
         self,
@@ -133,11 +170,12 @@ class TrainingStep:
         seq_length: int,
         training: bool,
     ) -> Tensor:
-        """[2, K] loss sums and token counts over all micro-batches and ranks."""
+        """[2, K + C] loss sums and token counts over all micro-batches and ranks; C is 0 in evaluation."""
         full, chunks = self.config.training, len(self.chunks)
+        contents = self.contents if training else Contents()
         iterators = _share(batches, chunks) if chunks > 1 else batches
         reports = self._schedule(
-            forward_step_func=partial(self._forward_step, mtp_loss_weight, seq_length),
+            forward_step_func=partial(self._forward_step, mtp_loss_weight, seq_length, contents),
             data_iterator=iterators,
             model=self.chunks,
             num_microbatches=micro_batches,
@@ -146,7 +184,8 @@ class TrainingStep:
             forward_only=not training,
         )
         device = torch.cuda.current_device()
-        total = torch.zeros(2, self.depths, dtype=torch.float64, device=device)
+        columns = self.depths + len(contents.names)
+        total = torch.zeros(2, columns, dtype=torch.float64, device=device)
         for report in reports:
             total += report
         dist.all_reduce(total, group=self.groups.dp_cp)
@@ -160,12 +199,12 @@ class TrainingStep:
         batches: Iterator[dict[str, Tensor]] | None,
         micro_batches: int,
         scalars: Scalars,
-        accept: Callable[[Tensor, Tensor], bool] | None = None,
+        accept: Callable[[float], bool] | None = None,
     ) -> StepResult:
         """One optimizer step over `micro_batches` batches per replica; None where no data is needed.
 
-        `accept` is asked with loss sums and token counts [K], on every rank alike; where it says no,
-        nothing is updated.
+        `accept` is asked with the loss, on every rank alike; where it says no, nothing is updated. To ask
+        it waits for the forward passes; without it the only wait is the one for the gradient norm.
         """
         for chunk in self.chunks:
             chunk.train()
@@ -176,25 +215,38 @@ class TrainingStep:
             router.temperature = scalars.router_temperature
             router.aux_loss_weight = scalars.aux_loss_weight
         self.optimizer.zero_grad()
-        sums, counts = self._run(
-            batches,
-            micro_batches,
-            mtp_loss_weight=scalars.mtp_loss_weight,
-            seq_length=scalars.seq_length,
-            training=True,
-        )
+        with self.phases.phase("forward_backward"):
+            report = self._run(
+                None if batches is None else self.phases.each("data", batches),
+                micro_batches,
+                mtp_loss_weight=scalars.mtp_loss_weight,
+                seq_length=scalars.seq_length,
+                training=True,
+            )
+        (sums, counts), contents = report[:, : self.depths], report[:, self.depths :]
+        loss = HostCopy(sums[0] / counts[0].clamp(min=1))
         applied, grad_norm = False, None
-        if accept is None or accept(sums, counts):
+        if accept is None or accept(loss.read()):
             set_learning_rate(self.optimizer, scalars.learning_rate, scalars.weight_decay)
-            with contextlib.suppress(NonFiniteGradientsError):
+            with self.phases.phase("optimizer"), contextlib.suppress(NonFiniteGradientsError):
                 applied, grad_norm, _ = self.optimizer.step()
-        loads, balance_losses = self._router_statistics(micro_batches)
+        loads, score_sums, balance_losses = self._router_statistics(micro_batches)
         if applied and self.config.model.moe.use_aux_loss_free:
             moe = self.config.model.moe
             update_expert_biases(
                 self.routers, loads, scalars.bias_update_rate, centered=moe.bias_update_centered
             )
-        return StepResult(sums, counts, grad_norm, bool(applied), loads, balance_losses)
+        return StepResult(
+            loss=loss.read(),
+            loss_sums=sums,
+            token_counts=counts,
+            contents=contents,
+            grad_norm=grad_norm,
+            applied=bool(applied),
+            loads=loads,
+            score_sums=score_sums,
+            balance_losses=balance_losses,
+        )
 
     def gather_parameters(self) -> None:
         """Finish the parameter gathering that overlaps with the next forward pass: before a save."""
@@ -202,6 +254,11 @@ class TrainingStep:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.disable_forward_pre_hook()
                 chunk.enable_forward_pre_hook()
+
+    def squared_parameter_norm_share(self) -> Tensor:
+        """This rank's share of the squared norm of all parameters; collective, see `squared_norm_share`."""
+        self.gather_parameters()
+        return squared_norm_share(self.chunks, self.groups)
 
     @torch.no_grad()
     def evaluate(
@@ -216,16 +273,20 @@ class TrainingStep:
         )
         return sums, counts
 
-    def _router_statistics(self, micro_batches: int) -> tuple[Tensor, Tensor]:
-        """Loads of the global batch [L, E] and mean unweighted balance losses [L] of this stage."""
+    def _router_statistics(self, micro_batches: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of this stage: loads and score sums of the global batch [L, E], mean balance losses [L]."""
         if not self.routers:
-            device = torch.cuda.current_device()
-            return torch.zeros(0, 0, device=device), torch.zeros(0, device=device)
-        loads = torch.stack([router.tokens_per_expert for router in self.routers])
-        losses = torch.cat([router.balance_loss for router in self.routers])
-        dist.all_reduce(loads, group=self.groups.tp_dp_cp)
-        dist.all_reduce(losses, group=self.groups.tp_dp_cp)
-        return loads, losses / (micro_batches * self.resolved.dp)
+            nothing = torch.zeros(0, 0, device=torch.cuda.current_device())
+            return nothing, nothing, nothing.flatten()
+        rows = [
+            torch.cat((router.tokens_per_expert, router.score_sums, router.balance_loss))
+            for router in self.routers
+        ]
+        together = torch.stack(rows)
+        dist.all_reduce(together, group=self.groups.tp_dp_cp)
+        experts = self.config.model.moe.num_experts
+        loads, score_sums, losses = together.split((experts, experts, 1), dim=1)
+        return loads, score_sums, losses[:, 0] / (micro_batches * self.resolved.dp)
 
 
 def shortened(batch: dict[str, Tensor], seq_length: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megads.train.phases import PHASES
 from tests.e2e.commands import (
     ENVIRONMENT,
     LONGEST_SECONDS,
@@ -24,8 +25,9 @@ EP2 = ("--expert-model-parallel-size", 2)
 TP2 = ("--tensor-model-parallel-size", 2)
 # What may differ between two runs of the same steps.
 OF_THE_CLOCK = {
-    "step_seconds", "tokens_per_second", "model_flops_per_second", "mfu", "seconds_left", "wall_seconds",
-    "peak_memory_bytes",
+    "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device", "mfu",
+    "seconds_left", "wall_seconds", "peak_memory_bytes", "memory_share",
+    *(f"seconds/{phase}" for phase in PHASES),
 }  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def test_stop_and_resume_is_the_same_run(config: Path, tmp_path: Path) -> None:
     assert [record["step"] for record in mine] == list(range(1, STEPS + 1))
     for name in ("tokens", "samples", "learning_rate"):
         assert [record[name] for record in mine] == [record[name] for record in expected], name
-    for name in ("lm_loss", "mtp_loss", "aux_loss", "grad_norm"):
+    for name in ("lm_loss", "mtp_loss", "aux_loss", "grad_norm", "param_norm"):
         found = [record[name] for record in mine]
         assert found == pytest.approx([record[name] for record in expected], rel=1e-4), name
 

@@ -116,7 +116,7 @@ def test_validation_and_resume_lines():
     assert resumed.endswith("resumed after step 40, 81,920 tokens, TP2 PP1")
     assert best.endswith(
         "step   60/1000 | validation loss 4.0000 | perplexity 54.60 | best so far | "
-        "by source: code 3.500, books 4.250"
+        "by source, loss (perplexity): code 3.500 (33.1), books 4.250 (70.1)"
     )
     assert worse.endswith("validation loss 4.0000 | perplexity 54.60")
 

@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def watch(**settings: Any) -> HealthWatch:
-    return HealthWatch(Health(**settings), vocab_size=1000, memory_bytes=10 * GIB)
+    return HealthWatch(Health(**settings), vocab_size=1000)
 
 
 def names(found: list[tuple[str, str]]) -> list[str]:
@@ -25,7 +25,7 @@ def test_a_healthy_run_is_not_talked_about() -> None:
     healthy = watch()
     for step in range(300):
         found = healthy.look(
-            record(lm_loss=7 - step / 100, grad_norm=1 + 0.3 * (step % 5), peak_memory_bytes=5 * GIB,
+            record(lm_loss=7 - step / 100, grad_norm=1 + 0.3 * (step % 5), memory_share=0.5,
                    max_vio_by_layer=[0.5, None], dead_experts_by_layer=[0, 0])
         )  # fmt: skip
         assert found == []
@@ -33,7 +33,8 @@ def test_a_healthy_run_is_not_talked_about() -> None:
 
 def test_each_trouble_is_named() -> None:
     assert names(watch().look(record(lm_loss=math.log(1000) + 0.6))) == ["high_loss"]
-    assert names(watch().look(record(peak_memory_bytes=9.5 * GIB))) == ["memory"]
+    [(name, text)] = watch().look(record(memory_share=0.95, peak_memory_bytes=9.5 * GIB))
+    assert (name, text) == ("memory", "95% of the memory has been in use (9.5 GiB)")
     [(name, text)] = watch().look(record(dead_experts_by_layer=[0, 2, 1]))
     assert name == "dead_experts"
     assert "3 experts" in text

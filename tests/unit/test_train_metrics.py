@@ -2,20 +2,29 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megads.config.scalars import Scalars
 from megads.train.matmul_rate import measure_matmul_rate, peak_rate, published_peak
-from megads.train.metrics import (
+from megads.train.meters import (
     Averages,
+    ExpertBalance,
+    Memory,
     Speed,
     SpeedMeter,
     StepMeter,
     max_violation,
     peak_memory_bytes,
+    relative_entropy,
+    used_memory,
+)
+from megads.train.metrics import (
+    experts_record,
     perplexity,
     run_record,
     train_record,
@@ -42,13 +51,16 @@ def test_weighted_mean_over_the_interval():
 def test_drain_starts_anew():
     meter = StepMeter(["lm_loss"], moe_layers=1, num_experts=2)
     meter.add("lm_loss", 4.0)
-    meter.add_expert_load(torch.tensor([[3, 1]]))
+    meter.add_experts(torch.tensor([[3, 1]]), torch.tensor([[4.0, 0.0]]))
+    meter.add_bias_ranges(torch.tensor([0.5]))
     meter.step_done()
     meter.drain()
     meter.add_sum("lm_loss", 6.0, 3)
-    meter.add_expert_load(torch.tensor([[2, 2]]))
+    meter.add_experts(torch.tensor([[2, 2]]), torch.tensor([[2.0, 2.0]]))
+    meter.add_bias_ranges(torch.tensor([0.25]))
     meter.step_done()
-    assert meter.drain() == Averages(steps=1, means={"lm_loss": 2.0}, max_vio=[0.0], dead_experts=[0])
+    experts = ExpertBalance([0.0], [0], [1.0], [0.25], load=[[0.5, 0.5]])
+    assert meter.drain() == Averages(steps=1, means={"lm_loss": 2.0}, experts=experts)
 
 
 def test_sum_and_weight():
@@ -56,6 +68,16 @@ def test_sum_and_weight():
     meter.add_sum("lm_loss", torch.tensor(30.0), torch.tensor(10))
     meter.add_sum("lm_loss", torch.tensor(10.0), torch.tensor(10))
     assert meter.drain().means["lm_loss"] == 2.0
+
+
+def test_sums_of_several_names():
+    meter = StepMeter(["grad_norm", "lm_loss", "mtp_loss_1"])
+    for _ in range(2):
+        meter.add_sums(("lm_loss", "mtp_loss_1"), torch.tensor([30.0, 8.0]), torch.tensor([10, 4]))
+    meter.add_sums((), torch.zeros(0), torch.zeros(0))
+    assert meter.drain().means == {"grad_norm": None, "lm_loss": 3.0, "mtp_loss_1": 2.0}
+    with pytest.raises(AssertionError):
+        meter.add_sums(("grad_norm", "mtp_loss_1"), torch.zeros(2), torch.zeros(2))
 
 
 def test_long_interval_keeps_small_differences():
@@ -98,14 +120,19 @@ def test_ranks_are_joined():
     for rank, meter in enumerate(meters):
         stage = rank // 2
         meter.add("grad_norm", 7.0)
-        meter.add_expert_load(loads[stage], layers=[stage])
+        meter.add_experts(loads[stage], loads[stage].float(), layers=[stage])
+        meter.add_bias_ranges(torch.tensor([0.5 + stage]), layers=[stage])
         if stage == 1:
             meter.add("lm_loss", 5.0, weight=64)
         meter.step_done()
     [averages] = Ranks(meters).drain()
     assert averages.means == {"lm_loss": 5.0, "grad_norm": 7.0}
-    assert averages.max_vio == [3.0, 1.0]
-    assert averages.dead_experts == [3, 1]
+    experts = averages.experts
+    assert experts is not None
+    assert (experts.max_vio, experts.dead_experts) == ([3.0, 1.0], [3, 1])
+    assert experts.load == [[1, 0, 0, 0], [0.25, 0.25, 0.5, 0]]
+    assert experts.router_entropy == pytest.approx([0.0, 0.75])
+    assert experts.bias_range == [0.5, 1.5]
 
 
 # Expert balance
@@ -122,20 +149,37 @@ def test_max_violation_of_random_loads_is_the_definition():
         assert value == pytest.approx(max(row) / (sum(row) / len(row)) - 1)
 
 
+def balance(meter: StepMeter) -> ExpertBalance:
+    experts = meter.drain().experts
+    assert experts is not None
+    return experts
+
+
 def test_max_vio_is_per_step_and_death_is_per_interval():
     """Two lopsided steps that even out: bad balance in each, but no expert starved."""
     meter = StepMeter([], moe_layers=1, num_experts=2)
-    meter.add_expert_load(torch.tensor([[10, 0]]))
-    meter.add_expert_load(torch.tensor([[0, 10]]))
-    averages = meter.drain()
-    assert averages.max_vio == [1.0]
-    assert averages.dead_experts == [0]
+    for load in ([[10, 0]], [[0, 10]]):
+        meter.add_experts(torch.tensor(load), torch.tensor(load))
+    experts = balance(meter)
+    assert experts.max_vio == [1.0]
+    assert experts.dead_experts == [0]
 
 
 def test_layer_that_nobody_reported():
     meter = StepMeter([], moe_layers=2, num_experts=2)
-    meter.add_expert_load(torch.tensor([[3, 1]]), layers=[1])
-    assert meter.drain().max_vio == [None, 0.5]
+    meter.add_experts(torch.tensor([[3, 1]]), torch.tensor([[1.0, 0.0]]), layers=[1])
+    experts = balance(meter)
+    assert experts.max_vio == [None, 0.5]
+    assert experts.router_entropy == [None, 0.0]
+    assert experts.bias_range == [None, None]
+    assert experts.load == [[0, 0], [0.75, 0.25]]
+
+
+def test_relative_entropy_is_the_definition():
+    weights = torch.tensor([[1.0, 1, 1, 1], [0, 7, 0, 0], [1, 2, 3, 4], [0, 0, 0, 0]])
+    even, one, some, nothing = relative_entropy(weights).tolist()
+    assert (even, one, nothing) == (pytest.approx(1), 0, 0)
+    assert some == pytest.approx(-sum(n / 10 * math.log(n / 10) for n in (1, 2, 3, 4)) / math.log(4))
 
 
 # Speed
@@ -157,7 +201,12 @@ def test_speed():
         assert meter.step_done(10_000, 6e13) == 0.5
     speed = meter.interval(tokens_left=100_000)
     assert speed == Speed(
-        step_seconds=0.5, tokens_per_second=20_000, model_flops_per_second=1.2e14, mfu=0.6, seconds_left=5.0
+        step_seconds=0.5,
+        tokens_per_second=20_000,
+        tokens_per_second_per_device=10_000,
+        tflops_per_device=60,
+        mfu=0.6,
+        seconds_left=5.0,
     )
 
 
@@ -253,31 +302,53 @@ def test_cpu_peak_is_measured_and_leaves_the_generator_alone():
 # Records
 
 
-def a_speed() -> Speed:
-    return Speed(0.5, 20_000.0, 1.2e14, 0.6, 5.0)
+def a_record(averages: Averages, **state: Any) -> dict[str, Any]:
+    speed = Speed(0.5, 20_000.0, 10_000.0, 60.0, 0.6, 5.0)
+    return train_record(
+        TrainState(**state), averages, speed, scalars=SCALARS, batch_size=8, memory=Memory(1024, 0.25)
+    )
 
 
 SCALARS = Scalars(3e-4, 0.1, 0.3, 0.001, 1e-4, 1.0, 0.0, 64)
+EXPERTS = ExpertBalance(
+    max_vio=[0.5, None, 1.5],
+    dead_experts=[0, 2, 1],
+    router_entropy=[0.5, None, 1.0],
+    bias_range=[0.25, 0.5, None],
+    load=[[2 / 3, 1 / 3], [0, 0], [0.5, 0.5]],
+)
 
 
 def test_train_record():
-    state = TrainState(step=20, tokens=4000, samples=40, skipped_steps=1, wall_seconds=9.5, flops=1e9)
-    averages = Averages(
-        steps=10, means={"lm_loss": 4.5, "grad_norm": None}, max_vio=[0.5, None, 1.5], dead_experts=[0, 2, 1]
-    )
-    record = train_record(state, averages, a_speed(), scalars=SCALARS, batch_size=8, peak_memory_bytes=1024)
+    averages = Averages(steps=10, means={"lm_loss": 4.5, "grad_norm": None}, experts=EXPERTS)
+    record = a_record(averages, step=20, tokens=4000, samples=40, skipped_steps=1)
     assert record["kind"] == "train"
     assert (record["step"], record["tokens"], record["interval_steps"]) == (20, 4000, 10)
     assert (record["lm_loss"], record["grad_norm"], record["learning_rate"]) == (4.5, None, 3e-4)
-    assert (record["max_vio"], record["dead_experts"]) == (1.0, 3)
+    assert (record["max_vio"], record["dead_experts"], record["router_entropy"]) == (1.0, 3, 0.75)
+    assert record["bias_range"] == 0.5
     assert record["max_vio_by_layer"] == [0.5, None, 1.5]
-    assert (record["mfu"], record["peak_memory_bytes"]) == (0.6, 1024)
+    assert (record["mfu"], record["tflops_per_device"]) == (0.6, 60)
+    assert (record["peak_memory_bytes"], record["memory_share"]) == (1024, 0.25)
 
 
 def test_dense_model_has_no_balance():
-    averages = Averages(steps=1, means={}, max_vio=[], dead_experts=[])
-    record = train_record(TrainState(step=1), averages, a_speed(), scalars=SCALARS, batch_size=1)
-    assert not {"max_vio", "dead_experts", "peak_memory_bytes"} & record.keys()
+    record = a_record(Averages(steps=1, means={}), step=1)
+    assert not {"max_vio", "dead_experts", "router_entropy", "bias_range"} & record.keys()
+
+
+def test_model_without_biases_has_no_range_of_them():
+    experts = replace(EXPERTS, bias_range=[None, None, None])
+    record = a_record(Averages(steps=1, means={}, experts=experts), step=1)
+    assert not {"bias_range", "bias_range_by_layer"} & record.keys()
+
+
+def test_experts_record():
+    record = experts_record(TrainState(step=20, tokens=4000), EXPERTS)
+    assert record == {
+        "kind": "experts", "step": 20, "tokens": 4000,
+        "load_by_layer": [[0.6667, 0.3333], [0, 0], [0.5, 0.5]],
+    }  # fmt: skip
 
 
 def test_validation_record():
@@ -299,9 +370,20 @@ def test_run_record():
 def test_perplexity_does_not_overflow():
     assert perplexity(1e6) == math.inf
     assert perplexity(0.0) == 1.0
+    assert math.isnan(perplexity(math.nan))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="compares with Linux's own count")
 def test_peak_memory_is_the_high_water_mark_of_the_process():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     assert peak_memory_bytes("cpu") == pytest.approx(int(line.split()[1]) * 1024, rel=0.02)
+
+
+def test_memory_is_that_of_the_fullest_rank():
+    def with_a_fuller_rank(both: torch.Tensor) -> None:
+        both.copy_(torch.maximum(both, torch.tensor([2.0**50, 0.875])))
+
+    mine = used_memory("cpu")
+    assert mine.peak_bytes == pytest.approx(peak_memory_bytes("cpu"), rel=0.02)
+    assert 0 < mine.share < 1
+    assert used_memory("cpu", with_a_fuller_rank) == Memory(2**50, max(mine.share, 0.875))

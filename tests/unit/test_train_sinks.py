@@ -1,5 +1,6 @@
 """Each sink writes every record once, also over a crash and a resume."""
 
+import io
 import json
 import logging
 import math
@@ -9,6 +10,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -129,11 +132,26 @@ def test_tensorboard_curves(tmp_path: Path):
     assert curves(tmp_path) == {
         "train/tokens": [(10, 1000.0)],
         "train/lm_loss": [(10, pytest.approx(0.8))],
+        "train/perplexity": [(10, pytest.approx(math.exp(0.8)))],
         "train_by_layer/max_vio/000": [(10, 0.5)],
         "train_by_layer/max_vio/002": [(10, 1.5)],
         "validation/tokens": [(10, 1000.0)],
         "validation/loss": [(10, 2.0)],
     }
+
+
+def test_tensorboard_shows_the_load_of_experts(tmp_path: Path):
+    sink = TensorBoardSink(tmp_path, 0)
+    sink.write({
+        "kind": "experts", "step": 10, "tokens": 9, "load_by_layer": [[0.25] * 4, [0.0, 0.0, 0.125, 0.875]],
+    })  # fmt: skip
+    sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    [event] = events.Images("experts/load")
+    grey = np.asarray(PIL.Image.open(io.BytesIO(event.encoded_image_string)).convert("L"))
+    assert event.step == 10
+    assert grey.tolist() == [[127] * 4, [0, 0, 63, 255]]
 
 
 def test_tensorboard_forgets_what_is_done_again(tmp_path: Path):
@@ -199,7 +217,10 @@ def test_wandb_gets_every_record_and_a_resume_continues_the_run(
     assert (first["project"], first["name"], first["tags"], first["id"]) == ("p", "exp", ["a"], None)
     assert first["config"]["training"]["learning_rate"] == config.training.learning_rate
     assert second["id"] == first_run.id == "made-0"
-    assert first_run.logged == [(5, {"train/tokens": 500.0, "train/lm_loss": 1.6})]
+    perplexity = pytest.approx(math.exp(1.6))
+    assert first_run.logged == [
+        (5, {"train/tokens": 500.0, "train/lm_loss": 1.6, "train/perplexity": perplexity})
+    ]
     assert first_run.summary["run/layout"] == "TP1"
     assert second_run.finished
 
@@ -280,7 +301,13 @@ def test_failing_sink_is_reported_once_and_training_goes_on(caplog: pytest.LogCa
     ]
 
 
+def test_losses_bring_their_perplexities():
+    tags = dict(scalars({"kind": "validation", "step": 1, "loss/code": 2.0, "load_by_layer": [[0.5, 0.5]]}))
+    assert tags == {"validation/loss/code": 2.0, "validation/perplexity/code": pytest.approx(math.exp(2))}
+
+
 def test_scalars_pass_on_nan_and_leave_out_the_unknown():
     tags = dict(scalars({"kind": "train", "step": 1, "lm_loss": math.nan, "grad_norm": None, "flag": True}))
-    assert list(tags) == ["train/lm_loss"]
+    assert list(tags) == ["train/lm_loss", "train/perplexity"]
+    assert math.isnan(tags["train/perplexity"])
     assert math.isnan(tags["train/lm_loss"])
