@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megads", "megads.*"]),
+    package_data={"megads.report": ["*.css", "*.html", "*.js"]},
     py_modules=["pretrain_megads"],
     install_requires=[
         "torch>=2.11",
@@ -32,6 +33,7 @@ setup(
         "rich",
         "tensorboard",
         "matplotlib",
+        "plotly",
     ],
     extras_require={
         # apex is NVIDIA's and not on the package index (the apex there is an unrelated web toolkit);
