@@ -664,6 +664,9 @@ class Logging(Section):
     tensorboard: TensorBoard = TensorBoard()
     profile: Profile = Profile()
     health: Health = Health()
+    expert_load_interval: int = setting(
+        10, "how often to record the load of every expert; 0: never", unit="log intervals", ge=0
+    )
 
 
 class Validation(Section):

@@ -24,6 +24,7 @@ from megads.data.loader import Loader, build_loader
 from megads.data.sources import sample_counts
 from megads.errors import TrainingError
 from megads.train.average import ParameterAverage
+from megads.train.contents import Contents
 from megads.train.evaluate import Validation
 from megads.train.profiler import StepProfiler
 from megads.train.reporter import Reporter
@@ -74,7 +75,10 @@ class Run:
             logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)
         origin = None if found else find_origin(config, store, self.datasets)
-        self.step = TrainingStep(config, resolved)
+        contents = Contents(
+            self.datasets.source_names, self.datasets.corpus.eod_id, self.datasets.fim_begin_id
+        )
+        self.step = TrainingStep(config, resolved, contents)
         self.average: ParameterAverage | None = None
         if (decay := config.training.average_decay) is not None:
             self.average = ParameterAverage(self.step, decay, config.training.average_interval)
@@ -176,11 +180,11 @@ class Run:
         batch_size, scalars = self.schedules.at(self.state.tokens)
         scalars = replace(scalars, learning_rate=scalars.learning_rate * self.state.lr_factor)
         micro_batches = batch_size // (self.config.training.micro_batch_size * self.resolved.dp)
-        # To warn, the loss is read after the update, when the device is waited for anyway.
+        # To warn, the loss is judged after the update: by then it is on the host, without a wait of its own.
         after = self.config.training.stability.spike_policy == "warn"
         result = self.step.train(self.loader, micro_batches, scalars, None if after else self._accept)
         if after:
-            self._accept(result.loss_sums, result.token_counts)
+            self._accept(result.loss)
         tokens = batch_size * self.config.training.seq_length
         flops = tokens * self._flops_per_token(scalars.seq_length)
         seconds = self.reporter.step_time(tokens, flops)
@@ -199,9 +203,8 @@ class Run:
             sampled = self.datasets.sampled(self.state.samples)
             self.reporter.interval(self.state, scalars, batch_size, sampled)
 
-    def _accept(self, loss_sums: Tensor, token_counts: Tensor) -> bool:
+    def _accept(self, loss: float) -> bool:
         """Judge the loss of the step that is under way: whether its update is to be made."""
-        loss = float(loss_sums[0] / token_counts[0].clamp(min=1))
         if self.config.training.stability.spike_policy != "warn":
             loss = self.stop.largest(loss)  # what is done must be the same on every rank
         self.verdict = self.watch.judge(self.state.step + 1, loss)
@@ -235,14 +238,18 @@ class Run:
     def _after_step(self, last_step: int) -> None:
         """Evaluation and checkpoints that are due, but for those of the last step."""
         step, training = self.state.step, self.config.training
-        self.store.poll()
+        phases = self.step.phases
+        with phases.phase("checkpoint"):
+            self.store.poll()
         if step == last_step:
             return
         with self.reporter.not_training():
             if training.eval_interval and step % training.eval_interval == 0:
-                self._evaluate()
+                with phases.phase("evaluation"):
+                    self._evaluate()
             if training.save_interval and step % training.save_interval == 0:
-                self.save()
+                with phases.phase("checkpoint"):
+                    self.save()
 
     def _finish(self, completed: bool) -> None:
         # A run that was cut will be evaluated where its schedule says; only the end gets one of its own.
