@@ -5,8 +5,8 @@
   --random K          K documents, chosen by --seed
   --find TEXT         the documents that hold a text
 
-Ends of documents and the parts of fill-in-the-middle are marked. Source file and line are looked up in the
-input, if it is where the record says.
+Ends of documents, the parts of fill-in-the-middle and the answers of conversations are marked. Source file
+and line are looked up in the input, if it is where the record says.
 """
 
 import argparse
@@ -75,15 +75,15 @@ def run(options: argparse.Namespace) -> None:
 def show_document(collection: Collection, place: Place, options: argparse.Namespace) -> None:
     ids = place.dataset.document(place.number)
     title = f"document {place.overall:,}: {place.dataset.prefix}, {place.number:,}; {ids.size:,} tokens"
-    print_title(title, [] if options.no_source else [source_of(place)])
-    print_pieces(collection.pieces(ids), options.max_characters)
+    print_title(title, [] if options.no_source else [source_of(place, collection.tokenizer)])
+    print_pieces(collection.document_pieces(place), options.max_characters)
 
 
 def show_sample(collection: Collection, number: int, options: argparse.Namespace) -> None:
     parts = collection.sample(number, options.seq_length)
     lines = []
     for place, ids in parts:
-        source = "" if options.no_source else f"; {source_of(place)}"
+        source = "" if options.no_source else f"; {source_of(place, collection.tokenizer)}"
         lines.append(f"{ids.size:,} tokens of document {place.overall:,}{source}")
     print_title(f"sample {number:,}: {options.seq_length:,} tokens and one more, for the last label", lines)
     pieces = (piece for _, ids in parts for piece in collection.pieces(ids))
@@ -98,7 +98,7 @@ def show_matches(collection: Collection, options: argparse.Namespace) -> None:
             print(f"and more; --max-matches is {options.max_matches}")
             break
         place = match.place
-        source = [] if options.no_source else [source_of(place)]
+        source = [] if options.no_source else [source_of(place, collection.tokenizer)]
         print_title(f"document {place.overall:,}: {place.dataset.prefix}, {place.number:,}", source)
         print(f"…{match.before}{mark(match.found)}{match.after}…\n")
     if not count:

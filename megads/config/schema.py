@@ -461,6 +461,17 @@ class DataPhase(Section):
     )
 
 
+class Curriculum(Section):
+    """Documents of a source from one end of their scores to the other, before they come in any order."""
+
+    order: Literal["ascending", "descending"] = setting("ascending", "which scores come first")
+    levels: int = setting(10, "parts of equal numbers of documents; the order within one is random", gt=0)
+    epochs: int = setting(1, "of each source, that are ordered; later ones are not", unit="epochs", gt=0)
+    without_scores: Literal["error", "shuffle"] = setting(
+        "error", "what happens to sources without scores; shuffle: they come in random order"
+    )
+
+
 class Data(Section):
     """Indexed datasets, their blend and the loader."""
 
@@ -477,6 +488,14 @@ class Data(Section):
         (),
         "mixes over the run, instead of the sources' weights in training",
         source="OLMo 2, arXiv:2501.00656: another mix for the last part of a run",
+    )
+    curriculum: Curriculum | None = setting(
+        None,
+        "order documents by the scores that preprocessing stored; null: random order",
+        source="Bengio et al., ICML 2009",
+    )
+    long_conversations: Literal["cut", "drop"] = setting(
+        "cut", "conversations of more than seq_length tokens lose their end, or are left out"
     )
     split: str = setting("98,1,1", "shares of train, validation, test", flags=("--split",))
     num_workers: int = setting(

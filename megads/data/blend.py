@@ -1,9 +1,10 @@
 """The samples of a run: weighted blends of sources, read through Megatron-Core's datasets.
 
-Samples are packed: documents one after the other, cut every `seq_length` tokens, one token shared with
-the next for the labels, nothing padded. Sample n of training is a pure function of the data, the seed and
-the weights: `mix` says which source it comes from, `epochs` which piece of that source it is. Neither
-depends on the length of the run (but for sources held back by `max_epochs`), on ranks or on workers.
+Samples of text are packed: documents one after the other, cut every `seq_length` tokens, one token shared
+with the next for the labels, nothing padded; conversations are kept whole (see `packing`). Sample n of
+training is a pure function of the data, the seed and the weights: `mix` says which source it comes from,
+`epochs` which piece of that source it is. Neither depends on the length of the run (but for sources held
+back by `max_epochs`), on ranks or on workers.
 
 What Megatron-Core 0.19.2's own builder does that is not so here:
 - It makes a dataset of every file, so that start-up and the index grow with the number of files.
@@ -82,8 +83,12 @@ def build_datasets(config: Config, resolved: "Resolved", samples: SampleCounts) 
         "build datasets after the process group: the other ranks read the index that rank 0 writes"
     )
     corpus, fim_begin_id = _on_rank_0(lambda: _plan_and_build(config, samples))
-    sets = {name: _packed(config, corpus, blend) for name, blend in corpus.blends.items()}
-    by_source = {name: _packed(config, corpus, blend) for name, blend in corpus.valid_by_source.items()}
+
+    def packed(blend: Blend) -> PackedSamples:
+        return _packed(config, corpus, blend, resolved.shape.mtp_depth)
+
+    sets = {name: packed(blend) for name, blend in corpus.blends.items()}
+    by_source = {name: packed(blend) for name, blend in corpus.valid_by_source.items()}
     table = mix_table(config, corpus)
     return Datasets(
         sets["train"], sets.get("valid"), sets.get("test"), by_source, corpus, table, fim_begin_id
@@ -109,12 +114,12 @@ def _fim_begin_id(config: Config, corpus: Corpus) -> int | None:
     return find_tokens(load_tokenizer(config.data.tokenizer_path), None)[0]
 
 
-def _packed(config: Config, corpus: Corpus, blend: Blend) -> PackedSamples:
+def _packed(config: Config, corpus: Corpus, blend: Blend, mtp_depth: int) -> PackedSamples:
     # Imports Megatron-Core's datasets, which a process that only plans has no need of.
     from megads.data.source_stream import BlendedStream
 
     return PackedSamples(
-        BlendedStream(blend, index_directory(corpus.cache_dir), corpus.eod_id),
+        BlendedStream(blend, index_directory(corpus.cache_dir), corpus.eod_id, mtp_depth),
         blend.samples,
         vocab_size=config.model.vocab_size,
         eod_id=corpus.eod_id,

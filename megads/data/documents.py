@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
+import orjson
 
 from megads.data.input_file import READ_ERRORS, InputFile, decompressed
 from megads.errors import DataError
+
+if TYPE_CHECKING:
+    from megads.data.chat_template import Piece
 
 BATCH_BYTES = 1 << 20
 MAX_LINE_BYTES = 16 << 20
@@ -165,12 +169,16 @@ def _too_long(line: int, max_line_bytes: int) -> Defect:
 
 
 class Record(NamedTuple):
-    """A document: its line (from 1), text, id where it has one, and the metadata asked for."""
+    """A document: its line (from 1), text, id where it has one, and the metadata asked for.
+
+    `pieces` are those of a conversation, of which the text is a part (see `instructions`).
+    """
 
     line: int
     text: str
     id: str | None
     fields: dict[str, Any]
+    pieces: "tuple[Piece, ...]" = ()
 
     @property
     def key(self) -> bytes:
@@ -277,6 +285,46 @@ def _is_utf8(data: bytes) -> bool:
 
 def _defect(line: int, raw: bytes, text_field: str, error: Exception) -> Defect:
     """What is wrong with a line that the fast decoder did not give a text of."""
+    record = _slowly_decoded(line, raw)
+    if isinstance(record, Defect):
+        return record
+    if text_field not in record:
+        return Defect(line, "no_text", f"no field {text_field!r}; the record has {sorted(record)[:20]}.")
+    text = record[text_field]
+    if text is None:
+        return Defect(line, "null_text", f"field {text_field!r} is null; it must be a string.")
+    if not isinstance(text, str):
+        detail = f"field {text_field!r} must be a string, found {JSON_NAMES[type(text)]}."
+        return Defect(line, "text_not_a_string", detail)
+    return _not_strict(line, record, error)
+
+
+def decode_object(line: int, raw: bytes) -> dict[str, Any] | Defect:
+    """All that a line holds, or why it holds no object: `bad_utf8`, `bad_json`, `not_an_object`,
+    `lone_surrogate`.
+    """
+    try:
+        content = orjson.loads(raw)
+        if isinstance(content, dict):
+            return content
+        raise ValueError
+    except (ValueError, RecursionError) as error:
+        record = _slowly_decoded(line, raw)
+        return record if isinstance(record, Defect) else _not_strict(line, record, error)
+
+
+def pick_field(content: dict[str, Any], name: str) -> list[Any]:
+    """[the value] of a field, whose name may be nested with dots; [] where there is none."""
+    value: Any = content
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return []
+        value = value[part]
+    return [value]
+
+
+def _slowly_decoded(line: int, raw: bytes) -> dict[str, Any] | Defect:
+    """The object on a line by Python's own decoder, which says what is wrong and forgives a little more."""
     try:
         decoded = raw.decode()
     except UnicodeDecodeError as bad:
@@ -288,14 +336,11 @@ def _defect(line: int, raw: bytes, text_field: str, error: Exception) -> Defect:
         return Defect(line, "bad_json", f"not a JSON object on one line: {bad}.")
     if not isinstance(record, dict):
         return Defect(line, "not_an_object", f"expected a JSON object, found {JSON_NAMES[type(record)]}.")
-    if text_field not in record:
-        return Defect(line, "no_text", f"no field {text_field!r}; the record has {sorted(record)[:20]}.")
-    text = record[text_field]
-    if text is None:
-        return Defect(line, "null_text", f"field {text_field!r} is null; it must be a string.")
-    if not isinstance(text, str):
-        detail = f"field {text_field!r} must be a string, found {JSON_NAMES[type(text)]}."
-        return Defect(line, "text_not_a_string", detail)
+    return record
+
+
+def _not_strict(line: int, record: dict[str, Any], error: Exception) -> Defect:
+    """Why an object that Python's decoder takes is refused by stricter ones."""
     if surrogate := SURROGATE.search(json.dumps(record, ensure_ascii=False)):
         detail = f"an escape stands for half a character: \\u{ord(surrogate[0]):04x}. No text holds that."
         return Defect(line, "lone_surrogate", detail)

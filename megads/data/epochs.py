@@ -9,19 +9,26 @@ sample k is sample k mod n of epoch k div n, however long the run is.
 
 numpy's `RandomState` is used because its streams never change between versions. Less than a sequence is
 left over at the end of an epoch; which tokens these are changes with each.
+
+Conversations are not cut: an epoch of them has the sequences of `packing`. Under a curriculum, documents and
+sequences are shuffled within the levels of `curriculum` only.
 """
 
 import hashlib
 import logging
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megads.data.curriculum import ScoreOrder, document_levels
 from megads.data.index_cache import Arrays, load_arrays, publish_arrays
+from megads.data.packing import Packing, PackPlan
 from megads.data.shard_group import ShardGroup
 from megads.errors import DataError
 
@@ -37,7 +44,8 @@ PIECE_DOCUMENTS = 1 << 22
 class SourcePart:
     """The documents of a source that make up one split, and the sequences that an epoch of them gives.
 
-    `group_file` is where `ShardGroup.load` finds the source, `content_sha256` its content.
+    `group_file` is where `ShardGroup.load` finds the source, `content_sha256` its content. `packing` is that
+    of conversations, None of texts.
     """
 
     name: str
@@ -49,9 +57,20 @@ class SourcePart:
     tokens: int
     sequence_tokens: int
     seed: int
+    packing: Packing | None = None
+    score_order: ScoreOrder | None = None
+
+    @property
+    def key(self) -> list[Any]:
+        """What the order of its samples follows from, beside its name, split, size and seed."""
+        packing = [self.packing.sha256] if self.packing else []
+        order = [self.score_order.key, self.score_order.epochs] if self.score_order else []
+        return [*packing, *order]
 
     @property
     def samples_per_epoch(self) -> int:
+        if self.packing is not None:
+            return self.packing.sequences
         return max(0, self.tokens - 1) // self.sequence_tokens
 
 
@@ -59,8 +78,8 @@ class EpochIndex:
     """Which tokens make up each sample of each epoch, in files of the index cache.
 
     Per epoch of D documents and n samples: `documents` [D], their numbers in the group in packing order;
-    `boundaries` [n + 1, 2], for the start of each sequence its place in `documents` and the token there;
-    `shuffle` [n], the sequence that each sample is.
+    `boundaries` [n + 1, 2], for the start of each sequence its place in `documents` and the token there
+    (always 0 of conversations); `shuffle` [n], the sequence that each sample is.
     """
 
     def __init__(self, part: SourcePart, directory: Path) -> None:
@@ -68,10 +87,11 @@ class EpochIndex:
         self.part = part
         self._document_type = _integer(part.first_document + part.documents)
         self._sample_type = _integer(part.samples_per_epoch)
-        self.block_epochs = max(1, BLOCK_ITEMS // (part.documents + part.samples_per_epoch))
+        self._documents = part.packing.conversations if part.packing else part.documents
+        self.block_epochs = max(1, BLOCK_ITEMS // (self._documents + part.samples_per_epoch))
         key = [
             VERSION, part.name, part.split, part.content_sha256, part.first_document, part.documents,
-            part.tokens, part.sequence_tokens, part.seed,
+            part.tokens, part.sequence_tokens, part.seed, *part.key,
         ]  # fmt: skip
         sha256 = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
         self._stem = directory / f"{re.sub(r'[^0-9A-Za-z_.-]', '_', part.name)[:60]}-{part.split}-{sha256}"
@@ -102,32 +122,77 @@ class EpochIndex:
     def build_block(self, block: int) -> None:
         """Make the file of one block; several processes may, each its own."""
         part, samples = self.part, self.part.samples_per_epoch
-        group = ShardGroup.load(part.group_file)
+        order = _packed_order(part) if part.packing else self._cut_order()
         first = block * self.block_epochs
         logger.info("Indexing %s, %s, from epoch %d on", part.name, part.split, first + 1)
 
         def fill(arrays: Arrays) -> None:
             for row in range(self.block_epochs):
                 draw = np.random.RandomState(_seed_words(part, first + row))
-                order = np.arange(
-                    part.first_document, part.first_document + part.documents, dtype=self._document_type
-                )
-                draw.shuffle(order)
-                arrays["documents"][row] = order
-                _cut(group, order, part.sequence_tokens, arrays["boundaries"][row])
-                del order
+                by_level = part.score_order is not None and first + row < part.score_order.epochs
+                level_starts = order(draw, by_level, arrays["documents"][row], arrays["boundaries"][row])
                 shuffle = np.arange(samples, dtype=self._sample_type)
-                draw.shuffle(shuffle)
+                _shuffle_within(draw, shuffle, level_starts)
                 arrays["shuffle"][row] = shuffle
 
         rows = self.block_epochs
         shapes = {
-            "documents": (self._document_type, (rows, part.documents)),
+            "documents": (self._document_type, (rows, self._documents)),
             "boundaries": (self._document_type, (rows, samples + 1, 2)),
             "shuffle": (self._sample_type, (rows, samples)),
         }
         facts = {"source": part.name, "split": part.split, "first_epoch": first}
         publish_arrays(self._file(block), facts, shapes, fill)
+
+    def _cut_order(self) -> "Order":
+        """Documents in random order, cut every `sequence_tokens`."""
+        part, group = self.part, ShardGroup.load(self.part.group_file)
+        level = np.zeros(0, np.int64)
+        if part.score_order is not None:
+            level = document_levels(group, part.first_document, part.documents, part.score_order)
+
+        def order(
+            draw: np.random.RandomState, by_level: bool, documents: NDArray[Any], boundaries: NDArray[Any]
+        ) -> NDArray[Any]:
+            shuffled = np.arange(part.documents, dtype=self._document_type)
+            level_starts = np.array([0, part.documents])
+            if by_level:
+                shuffled[:] = np.argsort(level, kind="stable")
+                level_starts = np.concatenate(([0], np.cumsum(np.bincount(level))))
+            shuffled += part.first_document
+            _shuffle_within(draw, shuffled, level_starts)
+            documents[:] = shuffled
+            _cut(group, shuffled, part.sequence_tokens, boundaries)
+            # A sequence is of the level of the document that it begins in.
+            return np.searchsorted(boundaries[:-1, 0], level_starts)
+
+        return order
+
+
+Order = Callable[[np.random.RandomState, bool, NDArray[Any], NDArray[Any]], NDArray[Any]]
+"""Fills `documents` and `boundaries` of an epoch, by level or not; returns the first sequence of each level,
+and the end of the last."""
+
+
+def _packed_order(part: SourcePart) -> Order:
+    """Whole conversations, packed."""
+    assert part.packing is not None
+    plan = PackPlan.load(part.packing.plan_file)
+
+    def order(
+        draw: np.random.RandomState, by_level: bool, documents: NDArray[Any], boundaries: NDArray[Any]
+    ) -> NDArray[Any]:
+        documents[:] = plan.fill(draw)
+        boundaries[:, 0], boundaries[:, 1] = plan.starts, 0
+        return plan.level_starts if by_level else plan.level_starts[[0, -1]]
+
+    return order
+
+
+def _shuffle_within(draw: np.random.RandomState, items: NDArray[Any], starts: Iterable[int]) -> None:
+    """Shuffle, in place, what lies between each two of `starts`."""
+    for start, end in pairwise(starts):
+        draw.shuffle(items[start:end])
 
 
 def _cut(group: ShardGroup, order: NDArray[Any], sequence_tokens: int, boundaries: NDArray[Any]) -> None:

@@ -8,7 +8,7 @@ in between. A dataset of other settings or another input is somebody's work: onl
 from typing import Any
 
 from megads.data.documents import DamagedInputError, open_input
-from megads.data.indexed import SIDECARS, data_files, sidecar_file, unfinished_files
+from megads.data.indexed import LOSS_MASK, SCORES, data_files, sidecar_file, unfinished_files
 from megads.data.inputs import InputShard
 from megads.data.manifest import is_empty, read_record
 from megads.data.recipe import Recipe, settings_sha256
@@ -89,6 +89,7 @@ def _is_whole(shard: Shard, record: dict[str, Any]) -> bool:
     if is_empty(record):
         return True
     expected = dict(zip(data_files(shard.prefix), (record["bin"], record["idx"]), strict=False))
-    if "scores" in record:
-        expected[sidecar_file(shard.prefix, SIDECARS[0])] = record["scores"]
+    for name, ending in (("scores", SCORES), ("loss_mask", LOSS_MASK)):
+        if name in record:
+            expected[sidecar_file(shard.prefix, ending)] = record[name]
     return all(path.is_file() and path.stat().st_size == part["bytes"] for path, part in expected.items())

@@ -7,7 +7,8 @@ n + 1 int64 document boundaries. A document is one sequence here.
 
 Megatron-Core's reader asserts a few header fields and notices a truncated `.bin` only when training
 reaches it, so a third file, `.json`, records what the pair must be (see `manifest`). All appear at once
-or not at all, together with what may accompany them: `.scores.npy` (a float32 per document) and
+or not at all, together with what may accompany them: `.scores.npy` (a float32 per document),
+`.loss_mask` (a byte per token of the `.bin`, 1: the token is part of an answer, see `instructions`) and
 `.quarantine.jsonl` (which lines of the input hold no document, and why).
 """
 
@@ -41,8 +42,8 @@ TOKEN_TYPES: dict[int, np.dtype[Any]] = {
 UINT16_VOCABULARY = 65_500  # Megatron-Core stores vocabularies below this as uint16, others as int32
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 COPY_ITEMS = 1 << 20
-SCORES, QUARANTINE = ".scores.npy", ".quarantine.jsonl"
-SIDECARS = (SCORES, QUARANTINE)
+SCORES, LOSS_MASK, QUARANTINE = ".scores.npy", ".loss_mask", ".quarantine.jsonl"
+SIDECARS = (SCORES, LOSS_MASK, QUARANTINE)
 SCORE_TYPE = np.dtype("<f4")
 
 
@@ -106,16 +107,23 @@ class IndexedWriter:
             raise DataError(f"{self.prefix}: cannot be written: {error}.") from error
         self._hash = hashlib.sha256()
         self._scored_documents = 0
+        self._loss_mask: BinaryIO | None = None
+        self._loss_mask_hash = hashlib.sha256()
+        self._counted_tokens = 0
         self._sidecars: dict[str, Path] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def add(
-        self, tokens: NDArray[Any], lengths: NDArray[np.int32], scores: NDArray[np.float32] | None = None
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.int32],
+        scores: NDArray[np.float32] | None = None,
+        loss_mask: NDArray[np.uint8] | None = None,
     ) -> None:
         """Append documents: their tokens [sum of lengths] in one array, each one's length [n] and, for
-        all documents or none, each one's score [n].
+        all documents or none, each one's score [n], and 1 for each token that counts [sum of lengths].
         """
         assert tokens.dtype == self.dtype, f"tokens are {tokens.dtype}, the file holds {self.dtype}"
         assert int(lengths.sum(dtype=np.int64)) == tokens.size, "lengths do not add up to the tokens"
@@ -127,8 +135,21 @@ class IndexedWriter:
             assert scores.size == lengths.size, "a score for each document"
             self._scores.write(scores.astype(SCORE_TYPE).tobytes())
             self._scored_documents += scores.size
+        if loss_mask is not None:
+            self._add_loss_mask(loss_mask)
         self.documents += lengths.size
         self.tokens += tokens.size
+        assert self._loss_mask is None or self._loss_mask.tell() == self.tokens, "a byte for each token"
+
+    def _add_loss_mask(self, loss_mask: NDArray[np.uint8]) -> None:
+        if self._loss_mask is None:
+            partial = _partial_path(sidecar_file(self.prefix, LOSS_MASK))
+            self._loss_mask = open(partial, "wb")  # noqa: SIM115
+            self._sidecars[LOSS_MASK] = partial
+        data = np.ascontiguousarray(loss_mask, dtype=np.uint8).data
+        self._loss_mask.write(data)
+        self._loss_mask_hash.update(data)
+        self._counted_tokens += int(loss_mask.sum(dtype=np.int64))
 
     def attach(self, ending: str, content: bytes) -> None:
         """Add a file, one of `SIDECARS`, that appears together with the dataset."""
@@ -149,6 +170,13 @@ class IndexedWriter:
         record["idx"] = {"bytes": idx_partial.stat().st_size, "sha256": idx_hash}
         if self._scored_documents:
             record["scores"] = self._write_scores()
+        if self._loss_mask is not None:
+            _to_disk(self._loss_mask)
+            record["loss_mask"] = {
+                "bytes": self.tokens,
+                "sha256": self._loss_mask_hash.hexdigest(),
+                "counted_tokens": self._counted_tokens,
+            }
         _to_disk(self._bin)
         self._publish(record, data_files(self.prefix)[:2])
 
@@ -238,6 +266,8 @@ class IndexedWriter:
     ) -> None:
         self._lengths.close()
         self._scores.close()
+        if self._loss_mask is not None:
+            self._loss_mask.close()
         if not self._published:
             for partial in (*self._partial, *self._sidecars.values()):
                 partial.unlink(missing_ok=True)

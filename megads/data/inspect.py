@@ -8,6 +8,7 @@ character are shown as U+FFFD where a boundary runs through them.
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from megads.data.tokenizer import Tokenizer
 from megads.errors import DataError
 
 END = "end of document"
+ANSWER, ANSWER_END = "answer", "end of answer"
 FIM_PARTS = ("fim begin", "fim hole", "fim end")
 CONTEXT_CHARACTERS = 60
 
@@ -94,6 +96,20 @@ class Collection:
         if start < ids.size:
             yield Piece(self.tokenizer.decode(ids[start:].tolist()))
 
+    def document_pieces(self, place: Place) -> Iterator[Piece]:
+        """A document as text; of a conversation the answers, which alone are learned, between marks."""
+        ids = place.dataset.document(place.number)
+        if not place.dataset.holds_conversations:
+            yield from self.pieces(ids)
+            return
+        begin = int(place.dataset.starts[place.number])
+        loss_mask = place.dataset.loss_mask[begin : begin + ids.size]
+        cuts = [0, *(np.flatnonzero(np.diff(loss_mask)) + 1).tolist(), ids.size]
+        for start, end in pairwise(cuts):
+            yield from [Piece(mark=ANSWER)] if loss_mask[start] else []
+            yield from self.pieces(ids[start:end])
+            yield from [Piece(mark=ANSWER_END)] if loss_mask[start] else []
+
     def sample(self, number: int, seq_length: int) -> list[tuple[Place, NDArray[Any]]]:
         """The parts of a sample, each with its document: tokens number * seq_length and on, one more
         than `seq_length` (the last is only ever a label). DataError for a sample that is not there."""
@@ -129,13 +145,16 @@ class Collection:
                 yield Match(place, before, text, after)
 
 
-def source_of(place: Place) -> str:
-    """FILE, line N of a document, found by reading the input again; or why that cannot be."""
+def source_of(place: Place, tokenizer: Tokenizer | None = None) -> str:
+    """FILE, line N of a document, found by reading the input again; or why that cannot be.
+
+    Conversations need their tokenizer for that.
+    """
     record = place.dataset.record
     if record is None:
         return "source unknown: the dataset has no record (.json)"
     try:
-        source = SourceText(record)
+        source = SourceText(record, tokenizer)
         for number, document in enumerate(source.documents()):
             if number == place.number:
                 return f"{source.path}, line {document.line:,}"

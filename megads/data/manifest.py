@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from megads.data.indexed import (
     COPY_ITEMS,
     HEADER,
+    LOSS_MASK,
     MAGIC,
     TOKEN_TYPES,
     VERSION,
     data_files,
+    sidecar_file,
 )
 from megads.errors import DataError
 
@@ -40,6 +42,8 @@ class DatasetInfo:
     vocab_size: int | None
     eod_id: int | None
     tokenizer_sha256: str | None
+    loss_mask_sha256: str | None = None
+    """Of the `.loss_mask`; None: every token counts."""
 
 
 def check_dataset(
@@ -49,7 +53,8 @@ def check_dataset(
 
     `vocab_size` is the model's. `tokenizer_sha256` None: any tokenizer. Checked: both files are there;
     header, counts, lengths, offsets and file sizes agree; it is not empty; where there is a record:
-    hash of the `.idx` (of the `.bin` too if `full`), tokenizer, vocabulary within the model's.
+    hash of the `.idx` (of the `.bin` too if `full`), tokenizer, vocabulary within the model's; and the
+    size (if `full` the hash) of the `.loss_mask` that it names.
     """
     bin_path, idx_path, record_path = data_files(prefix)
     record = read_record(prefix)
@@ -67,6 +72,17 @@ def check_dataset(
     recorded = {idx_path: (record["idx"]["sha256"], idx_sha256)}
     if full:
         recorded[bin_path] = (record["bin"]["sha256"], _sha256(bin_path))
+    loss_mask = record.get("loss_mask")
+    if loss_mask is not None:
+        mask_path = sidecar_file(prefix, LOSS_MASK)
+        found_bytes = mask_path.stat().st_size if mask_path.is_file() else 0
+        if found_bytes != tokens:
+            raise DataError(
+                f"{mask_path}: {found_bytes:,} bytes, but it must have one for each of {tokens:,} tokens. "
+                f"{MAKE_AGAIN}"
+            )
+        if full:
+            recorded[mask_path] = (loss_mask["sha256"], _sha256(mask_path))
     for path, (expected, found) in recorded.items():
         if expected != found:
             raise DataError(f"{path}: the content is not what {record_path.name} records. {MAKE_AGAIN}")
@@ -78,6 +94,7 @@ def check_dataset(
         record["vocab_size"],
         record["eod_id"],
         record["tokenizer"]["sha256"],
+        None if loss_mask is None else loss_mask["sha256"],
     )
     _check_fit(info, vocab_size, tokenizer_sha256)
     return info

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megads.config.schema import Config
+from megads.data.epochs import SourcePart
 from megads.data.mix import Mix
 from megads.data.sources import Corpus
 
@@ -45,7 +46,9 @@ def mix_rows(config: Config, corpus: Corpus) -> list[MixRow]:
                 train.phases[number - 1].weights[train.parts.index(part)] if number else count / (end - start)
             )
             epochs = count / part.samples_per_epoch
-            rows.append(MixRow(number, part.name, weight, share, part.tokens, count * seq_length, epochs))
+            # Of conversations with the padding, which is counted as it is read.
+            there = part.tokens if part.packing is None else part.samples_per_epoch * seq_length
+            rows.append(MixRow(number, part.name, weight, share, there, count * seq_length, epochs))
     return rows
 
 
@@ -74,7 +77,23 @@ def mix_table(config: Config, corpus: Corpus) -> str:
             lines.append(_line(width, row.source, weight, f"{row.share:.2%}", *amounts))
         there, read = sum(row.available_tokens for row in part), sum(row.read_tokens for row in part)
         lines.append(_line(width, "all", "", "", f"{there:,}", f"{read:,}", f"{read / there:.2f}"))
+    lines += [line for part in train.parts for line in _remarks(part)]
     return "\n".join(lines)
+
+
+def _remarks(part: SourcePart) -> Iterator[str]:
+    """How the sequences of a source come about, where that is not simply in random order."""
+    if (packing := part.packing) is not None:
+        filled = packing.positions / (packing.sequences * part.sequence_tokens)
+        text = f"{part.name}: {packing.conversations:,} conversations fill {filled:.1%} of their "
+        text += f"{packing.sequences:,} sequences"
+        if packing.cut:
+            text += f"; {packing.cut:,} are longer than a sequence and lose their end"
+        if packing.dropped:
+            text += f"; {packing.dropped:,} are left out, longer than a sequence or without an answer in it"
+        yield text
+    if (order := part.score_order) is not None:
+        yield (f"{part.name}: epochs up to {order.epochs} in {order.levels} levels of {order.order} scores")
 
 
 def _line(width: int, source: str, *cells: str) -> str:

@@ -2,12 +2,15 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from megads.data.documents import MAX_LINE_BYTES
 from megads.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megads.data.chat_template import ChatFormat
 
 RECIPE_VERSION = 1
 """Grows when the same settings give other tokens than before, so that no dataset mixes the two."""
@@ -36,6 +39,8 @@ class Recipe:
     split_punctuation_rate: float = 0.0
     """Share of the combined punctuation-and-newline tokens that are split, see `token_splitting`."""
     split_punctuation_seed: int = 0
+    chat: "ChatFormat | None" = None
+    """The lines are conversations, of which only the answers are learned, see `instructions`."""
     quarantine_quota: float | None = None
     """None: the first bad line stops the run. Else the share of lines that may be quarantined."""
 
@@ -46,6 +51,10 @@ class Recipe:
                 raise ConfigError(f"{name} is {value}; it is a share, from 0 to 1.")
         if self.max_line_bytes < 1:
             raise ConfigError(f"max_line_bytes is {self.max_line_bytes}; it must be at least 1.")
+        if self.chat is not None and (self.removals or self.needs_keys):
+            raise ConfigError(
+                "Removals, fill-in-the-middle and token splitting are for texts, not for conversations."
+            )
 
     @property
     def tolerant(self) -> bool:
@@ -67,7 +76,7 @@ class Recipe:
 
         The removals are input too: each record has the hashes of its own.
         """
-        return {
+        settings = {
             "recipe_version": RECIPE_VERSION,
             "tokenizer_sha256": tokenizer_sha256,
             "eod_token": self.eod_token,
@@ -82,6 +91,8 @@ class Recipe:
             "split_punctuation_rate": self.split_punctuation_rate,
             "split_punctuation_seed": self.split_punctuation_seed if self.split_punctuation_rate else 0,
         }
+        # Not in the records of texts, which are as they were before there were conversations.
+        return settings | ({"chat": self.chat.settings()} if self.chat is not None else {})
 
 
 def settings_sha256(settings: dict[str, Any]) -> str:

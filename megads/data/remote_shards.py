@@ -20,7 +20,7 @@ from typing import Any
 
 import orjson
 
-from megads.data.indexed import data_files, publish_file
+from megads.data.indexed import LOSS_MASK, SCORES, data_files, publish_file
 from megads.data.manifest import check_dataset
 from megads.errors import DataError
 
@@ -66,7 +66,7 @@ def fetch_datasets(url: str, cache_dir: str | os.PathLike[str]) -> tuple[str, ..
 
 def _fetch_dataset(url: str, filesystem: Any, prefix: str, local: str) -> None:
     """Bring the local copy of one dataset up to date; what says that it is comes last."""
-    endings = [path.suffix for path in data_files("x")]
+    endings = [*(path.suffix for path in data_files("x")), SCORES, LOSS_MASK]
     with _store(url):
         there = {ending: prefix + ending for ending in endings if filesystem.exists(prefix + ending)}
         infos = {ending: filesystem.info(path) for ending, path in there.items()}

@@ -21,6 +21,8 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
       `document_mask` document_ids [S] int32: a token may attend to those of equal id only. Ids start at
       0 in every sample. An end-of-document token belongs to the document that it ends.
 
+    Samples of conversations come complete from `ConversationStream`, and always have document_ids.
+
     Megatron-Core's own masks are left alone: it loops over documents in Python, caches one loss mask
     and edits that cache in place for the first sample it serves, and ties position resets to document
     masking in `inter_document_masking`.
@@ -55,6 +57,8 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
         packed = self.stream[index]
         tokens, labels = packed["tokens"], packed["labels"]
         self._check_ids(index, tokens, labels)
+        if "document_ids" in packed:  # conversations, complete as they are
+            return packed
         positions = torch.arange(tokens.numel())
         sample = {
             "tokens": tokens,
@@ -78,8 +82,8 @@ class PackedSamples(Dataset[dict[str, Tensor]]):
 
     def _check_ids(self, index: int, tokens: Tensor, labels: Tensor) -> None:
         """An id beyond the vocabulary would read past the embedding table, on CUDA without a word."""
-        lowest = min(int(tokens.min()), int(labels[-1]))
-        highest = max(int(tokens.max()), int(labels[-1]))
+        lowest = min(int(tokens.min()), int(labels.min()))
+        highest = max(int(tokens.max()), int(labels.max()))
         if lowest < 0 or highest >= self._vocab_size:
             source, number = self.stream.locate(index)
             read = ", ".join(sorted({f"{prefix}.bin" for prefix, *_ in source.documents(number)}))

@@ -5,8 +5,9 @@ purpose, or as a line that is quarantined because it holds no document. Nothing 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -16,17 +17,22 @@ from megads.data.recipe import Recipe
 from megads.data.removals import Removal
 from megads.errors import DataError
 
+if TYPE_CHECKING:
+    from megads.data.chat_template import Piece
+
 LISTED_DEFECTS = 1000
 MAX_SCORE = float(np.finfo(np.float32).max)
 
 
 class Document(NamedTuple):
-    """A document as it is tokenized. `key` is empty where nothing is chosen by chance."""
+    """A document as it is tokenized; a conversation in `pieces`. `key` is empty where nothing is chosen by
+    chance."""
 
     line: int
     text: str
     key: bytes
     score: float
+    pieces: "tuple[Piece, ...]" = ()
 
 
 class Selection:
@@ -47,6 +53,7 @@ class Selection:
         self.cut_characters = 0
         self.first_defects: list[Defect] = []
         self._keep = [(field, frozenset(values)) for field, values in recipe.keep]
+        self._parse = _parser(recipe)
 
     def documents(self, batch: LineBatch) -> list[Document]:
         """The documents of a batch that are kept.
@@ -54,7 +61,7 @@ class Selection:
         Raises DataError, with file and line, at the first defect unless the recipe is tolerant.
         """
         chosen = []
-        for found in parse_records(batch, self.recipe.text_field, self.recipe.fields):
+        for found in self._parse(batch):
             self.lines_with_records += 1
             outcome = found if isinstance(found, Defect) else self._choose(batch.path, found)
             if isinstance(outcome, Document):
@@ -101,7 +108,8 @@ class Selection:
                 return Defect(record.line, "bad_score", f"{what}, found {str(value)[:40]!r}.")
             score = float(value)
         # The key is of the record as it came: cleaning does not change what chance does to it.
-        return Document(record.line, text, record.key if self.recipe.needs_keys else b"", score)
+        key = record.key if self.recipe.needs_keys else b""
+        return Document(record.line, text, key, score, record.pieces)
 
     def _cut(self, path: str, record: Record) -> str:
         removals = self.removals[record.line]
@@ -128,6 +136,15 @@ class Selection:
         self.quarantined[defect.reason] += 1
         if len(self.first_defects) < LISTED_DEFECTS:
             self.first_defects.append(defect)
+
+
+def _parser(recipe: Recipe) -> Callable[[LineBatch], Iterator[Record | Defect]]:
+    """What makes records of lines."""
+    if recipe.chat is not None:
+        from megads.data.instructions import ConversationParser
+
+        return ConversationParser(recipe.chat, recipe.fields).parse
+    return partial(parse_records, text_field=recipe.text_field, fields=recipe.fields)
 
 
 def describe(counts: Mapping[str, int]) -> str:

@@ -9,6 +9,7 @@ of every file of the group, so that files which are as they were when they were 
 and a file that changed has the whole group checked again.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from megads.data.bin_files import BinFiles
 from megads.data.index_cache import Arrays, index_directory, load_arrays, publish_arrays
-from megads.data.indexed import HEADER, TOKEN_TYPES, data_files
+from megads.data.indexed import HEADER, LOSS_MASK, TOKEN_TYPES, data_files, sidecar_file
 from megads.data.manifest import DatasetInfo, check_dataset, sequence_lengths
 from megads.errors import DataError
 
@@ -52,6 +53,7 @@ class ShardGroup:
         self._first_documents = [0, *np.cumsum([shard.documents for shard in self.shards]).tolist()]
         self._first_tokens = [int(starts[first]) for first in self._first_documents]
         self._bins = BinFiles([str(data_files(shard.prefix)[0]) for shard in self.shards])
+        self._loss_masks = BinFiles([str(sidecar_file(shard.prefix, LOSS_MASK)) for shard in self.shards])
 
     @classmethod
     def open(cls, prefixes: Sequence[str], cache_dir: str | os.PathLike[str]) -> Self:
@@ -109,8 +111,24 @@ class ShardGroup:
         number = bisect_right(self._first_documents, document) - 1
         return self.shards[number], document - self._first_documents[number]
 
+    @property
+    def has_loss_masks(self) -> bool:
+        """Whether the documents are conversations, of which only the answers count."""
+        return self.shards[0].loss_mask_sha256 is not None
+
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[Any]:
         """Token ids of a document, from `offset` on, `length` of them or all that follow."""
+        number, first_token, count = self._locate(idx, offset, length)
+        dtype = self._dtypes[number]
+        data = self._bins.read(number, first_token * dtype.itemsize, count * dtype.itemsize)
+        return np.frombuffer(data, dtype=dtype)
+
+    def loss_mask(self, idx: int, offset: int = 0, length: int | None = None) -> NDArray[np.uint8]:
+        """1 for each token, of those that `get` gives, that is part of an answer."""
+        return np.frombuffer(self._loss_masks.read(*self._locate(idx, offset, length)), dtype=np.uint8)
+
+    def _locate(self, idx: int, offset: int, length: int | None) -> tuple[int, int, int]:
+        """(shard, first token in it, tokens) of a part of a document."""
         document, offset = int(idx), int(offset)
         start, stop = int(self._starts[document]), int(self._starts[document + 1])
         count = stop - start - offset if length is None else int(length)
@@ -119,9 +137,7 @@ class ShardGroup:
                 f"tokens {offset} to {offset + count} of document {document} ({stop - start} tokens)"
             )
         number = bisect_right(self._first_documents, document) - 1
-        dtype = self._dtypes[number]
-        first_byte = (start + offset - self._first_tokens[number]) * dtype.itemsize
-        return np.frombuffer(self._bins.read(number, first_byte, count * dtype.itemsize), dtype=dtype)
+        return number, start + offset - self._first_tokens[number], count
 
     def __getitem__(self, idx: int) -> NDArray[Any]:
         return self.get(idx)
@@ -138,6 +154,9 @@ def _state(prefixes: Sequence[str]) -> str:
                 seen += [status.st_size, status.st_mtime_ns]
             except FileNotFoundError:
                 seen.append(None)
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(sidecar_file(prefix, LOSS_MASK))
+            seen += [LOSS_MASK, status.st_size, status.st_mtime_ns]
         return seen
 
     with ThreadPoolExecutor(CHECKING_THREADS) as pool:
@@ -156,6 +175,12 @@ def _publish_group(path: Path, prefixes: Sequence[str]) -> None:
         dtypes = list(pool.map(_token_type, kept))
     if not shards:
         raise DataError(f"{', '.join(prefixes[:3])}: no tokens in any of the {len(prefixes)} datasets.")
+    plain = [shard.prefix for shard in shards if shard.loss_mask_sha256 is None]
+    if plain and len(plain) < len(shards):
+        raise DataError(
+            f"{plain[0]}: holds text, while other datasets of the same source hold conversations. Make them "
+            "two sources."
+        )
 
     def fill(arrays: Arrays) -> None:
         starts, document, tokens = arrays["starts"], 0, 0

@@ -10,6 +10,7 @@ The record, PREFIX.json, has the fields that `manifest.check_dataset` needs and
 - `settings`, `settings_sha256`: of the recipe; `tokenizer`, `engine`, `vocab_size`, `eod_id`
 - `documents_in` = `documents` + sum of `quarantined` + sum of `dropped`, both by reason
 - `tokens` (ends of documents included), `text_bytes`, `mean_document_tokens`, `mean_document_bytes`
+- `loss_mask`, of conversations: bytes, sha256 and `counted_tokens`, those of answers
 - `cut`: documents by reason and characters that removals cut; `fim`: documents and share, as found
 - `damaged`: null, or why nothing of the file was taken, in tolerant mode
 """
@@ -79,7 +80,8 @@ def _convert(shard: Shard, encoder: Encoder, on_progress: Progress | None) -> di
                 texts = [document.text for document in documents]
                 engine = engine or encoder.tokenizer.use_exact_engine(texts, shard.input.path)
                 encoded = encoder.encode(documents)
-                writer.add(encoded.tokens, encoded.lengths, _scores(documents, recipe))
+                scores = _scores(documents, recipe)
+                writer.add(encoded.tokens, encoded.lengths, scores, encoded.loss_mask)
                 totals["text_bytes"] += sum(map(_utf8_bytes, texts))
                 totals["fim_documents"] += encoded.fim_documents
                 totals["spm_documents"] += encoded.spm_documents

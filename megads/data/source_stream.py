@@ -14,6 +14,7 @@ from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megads.data.conversations import ConversationStream
 from megads.data.epochs import EpochIndex, SourcePart
 from megads.data.mix import Mix
 from megads.data.shard_group import ShardGroup
@@ -40,7 +41,7 @@ class SourceEpoch(GPTDataset):
 
 
 class SourceStream:
-    """All samples of a source's split: epoch after epoch, without an end.
+    """All samples of a source of text: epoch after epoch, without an end; as `GPTDataset` gives them.
 
     The index of an epoch must have been built by the time a sample of it is asked for.
     """
@@ -84,14 +85,23 @@ class SourceStream:
 
 
 class BlendedStream:
-    """All samples of a blend, without an end: as `GPTDataset` gives them, and `source`, their part's number."""
+    """All samples of a blend, without an end: as its streams give them, and `source`, their part's number.
 
-    def __init__(self, blend: Blend, directory: Path, eod_id: int | None) -> None:
+    `mtp_depth` is what `ConversationStream` wants to know.
+    """
+
+    def __init__(self, blend: Blend, directory: Path, eod_id: int | None, mtp_depth: int) -> None:
         self.blend = blend
         self._mix = Mix(blend.phases)
-        self._streams = [SourceStream(part, directory, eod_id) for part in blend.parts]
+        self._streams: list[SourceStream | ConversationStream] = []
+        for part in blend.parts:
+            if part.packing is None:
+                self._streams.append(SourceStream(part, directory, eod_id))
+            else:
+                assert eod_id is not None, "the records of conversations name it"
+                self._streams.append(ConversationStream(part, directory, eod_id, mtp_depth))
 
-    def locate(self, sample: int) -> tuple[SourceStream, int]:
+    def locate(self, sample: int) -> "tuple[SourceStream | ConversationStream, int]":
         """The source of a sample, and the sample's number there."""
         source, number = self._mix.locate(sample)
         return self._streams[source], number

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megads.config.schema import Config, DataSource
+from megads.data.curriculum import ScoreOrder, document_levels, missing_scores, scores_sha256
 from megads.data.epochs import VERSION, EpochIndex, SourcePart
 from megads.data.index_cache import index_directory
 from megads.data.indexed import data_files
 from megads.data.manifest import DatasetInfo, check_dataset
 from megads.data.mix import Mix, MixPhase, normalized, phases_within_caps
+from megads.data.packing import Packing, plan_packing
 from megads.data.remote_shards import fetch_datasets, is_url
 from megads.data.shard_group import ShardGroup
 from megads.data.tokenizer import load_tokenizer, tokenizer_sha256
@@ -105,7 +107,16 @@ class Corpus:
         train = self.blends["train"]
         begun = [phase for phase in train.phases if phase.first_sample < max(1, consumed_samples)]
         parts = [
-            [p.name, p.content_sha256, p.first_document, p.documents, p.sequence_tokens, p.seed, weights]
+            [
+                p.name,
+                p.content_sha256,
+                p.first_document,
+                p.documents,
+                p.sequence_tokens,
+                p.seed,
+                weights,
+                *p.key,
+            ]
             for p, *weights in zip(train.parts, *(phase.weights for phase in begun), strict=True)
             if any(weights)
         ]
@@ -121,6 +132,7 @@ def plan_corpus(config: Config, samples: SampleCounts) -> Corpus:
     names, starts, shares = training_shares(config)
     groups = _open_sources(config, names)
     eod_id, sha256 = _end_of_document(config, [info for group in groups.values() for info in group.shards])
+    _check_conversations(config, [name for name, group in groups.items() if group.has_loss_masks])
     layout = _SplitLayout(config, groups)
     parts = tuple(layout.part(name, "train") for name in names)
     phases = phases_within_caps(names, starts, shares, samples.train, _most_samples(config, parts))
@@ -269,15 +281,33 @@ def _end_of_document(config: Config, infos: list[DatasetInfo]) -> tuple[int | No
     return None, None
 
 
+def _check_conversations(config: Config, names: list[str]) -> None:
+    """Conversations share sequences, so they must be kept apart, and nothing may cut the sequences again."""
+    data = config.data
+    off = [name for name in ("document_mask", "reset_position_ids") if not getattr(data, name)]
+    if names and off:
+        raise ConfigError(
+            f"data.sources, {names[0]!r}: holds conversations, several of which share a sequence. Set "
+            f"{' and '.join(f'data.{name}' for name in off)} to true, which keeps them apart."
+        )
+    if names and config.training.seq_length_phases:
+        raise ConfigError(
+            f"data.sources, {names[0]!r}: holds conversations, which are not cut: training.seq_length_phases "
+            "cannot shorten the sequences they are packed into. Leave it out."
+        )
+
+
 class _SplitLayout:
     """Documents and tokens of each source in each split."""
 
     def __init__(self, config: Config, groups: dict[str, ShardGroup]) -> None:
+        self.data = config.data
         self.text = config.data.split
         self.sequence_tokens = config.training.seq_length
         seed = config.data.preprocessing.shuffle_seed
         self.seed = config.seed if seed is None else seed
         self.bounds = split_bounds(self.text)
+        self.index_directory = index_directory(config.data.cache_dir)
         self.groups = groups
 
     def documents(self, name: str, split: str) -> tuple[int, int]:
@@ -300,9 +330,12 @@ class _SplitLayout:
             )
         group, (first, end) = self.groups[name], self.documents(name, split)
         tokens = group.tokens(first, end)
+        order = self._score_order(name) if split == "train" else None
+        packing = self._packing(group, first, end - first, order) if group.has_loss_masks else None
         part = SourcePart(
-            name, split, group.path, group.sha256, first, end - first, tokens, self.sequence_tokens, self.seed
-        )
+            name, split, group.path, group.sha256, first, end - first, tokens, self.sequence_tokens,
+            self.seed, packing, order,
+        )  # fmt: skip
         if part.samples_per_epoch == 0:
             raise DataError(
                 f"Source {name!r}: its {SPLIT_NAMES[split]} split (data.split {self.text!r}) has {tokens:,} "
@@ -311,6 +344,31 @@ class _SplitLayout:
                 "training.seq_length."
             )
         return part
+
+    def _score_order(self, name: str) -> ScoreOrder | None:
+        """The curriculum of a source; DataError where it lacks the scores and the settings insist."""
+        curriculum, group = self.data.curriculum, self.groups[name]
+        if curriculum is None:
+            return None
+        if (missing := missing_scores(group)) is not None:
+            if curriculum.without_scores == "shuffle":
+                return None
+            raise DataError(
+                f"{missing}: no such file, and data.curriculum orders the documents of {name!r} by it. "
+                'Preprocess with --score-field, or set data.curriculum.without_scores to "shuffle".'
+            )
+        return ScoreOrder(curriculum.order, curriculum.levels, curriculum.epochs, scores_sha256(group))
+
+    def _packing(
+        self, group: ShardGroup, first_document: int, documents: int, order: ScoreOrder | None
+    ) -> Packing:
+        levels = None
+        if order is not None:
+            levels = order.key, document_levels(group, first_document, documents, order)
+        return plan_packing(
+            group, first_document, documents, self.sequence_tokens, self.data.long_conversations,
+            self.index_directory, levels,
+        )  # fmt: skip
 
 
 def split_bounds(text: str) -> dict[str, tuple[float, float] | None]:

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megads.data.chat_template import ChatFormat
 from megads.data.documents import open_input, read_line_batches
-from megads.data.indexed import HEADER, TOKEN_TYPES, data_files
+from megads.data.indexed import HEADER, LOSS_MASK, TOKEN_TYPES, data_files, sidecar_file
 from megads.data.input_file import is_url
 from megads.data.manifest import is_empty, read_record, sequence_lengths
 from megads.data.recipe import Recipe
 from megads.data.removals import Removal, read_removals
 from megads.data.selection import Document, Selection
+from megads.data.tokenizer import Tokenizer
 from megads.errors import DataError
 
 
@@ -58,6 +60,23 @@ class StoredDataset:
     def document(self, number: int) -> NDArray[Any]:
         """Token ids of a document, its end included."""
         return np.asarray(self.tokens[self.starts[number] : self.starts[number + 1]])
+
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether only some tokens count, and documents end without a token that says so."""
+        return self.record is not None and "loss_mask" in self.record
+
+    @cached_property
+    def loss_mask(self) -> NDArray[np.uint8]:
+        """1 for each token of an answer [tokens], mapped; of `holds_conversations` only."""
+        path = sidecar_file(self.prefix, LOSS_MASK)
+        try:
+            loss_mask = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read: {error}.") from error
+        if loss_mask.size != self.tokens.size:
+            raise DataError(f"{path}: {loss_mask.size:,} bytes for {self.tokens.size:,} tokens.")
+        return loss_mask
 
 
 def find_datasets(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -98,11 +117,12 @@ def _is_record(path: Path) -> bool:
 class SourceText:
     """The input that a dataset was made from, read again as its record says.
 
-    Raises DataError for a record without
-    an input, an input that is not there, and removals that are not there or are other ones.
+    Conversations need the `tokenizer` for that. Raises DataError for a record without an input, an input that
+    is not there, and removals that are not there or are other ones.
     """
 
     record: dict[str, Any]
+    tokenizer: Tokenizer | None = None
 
     def __post_init__(self) -> None:
         recorded = self.record.get("input") or {}
@@ -124,6 +144,7 @@ class SourceText:
             fim_seed=settings["fim_seed"],
             split_punctuation_rate=settings["split_punctuation_rate"],
             split_punctuation_seed=settings["split_punctuation_seed"],
+            chat=self._chat(settings),
             quarantine_quota=1.0,  # bad lines are counted again, not complained about
         )
         self.selection = Selection(self.recipe, self._removals())
@@ -136,6 +157,13 @@ class SourceText:
             for batch in read_line_batches(file, max_line_bytes=self.recipe.max_line_bytes):
                 yield from self.selection.documents(batch)
             self.sha256 = file.sha256()
+
+    def _chat(self, settings: dict[str, Any]) -> ChatFormat | None:
+        if "chat" not in settings:
+            return None
+        if self.tokenizer is None:
+            raise DataError("conversations are rendered again only with their tokenizer, and none was given")
+        return ChatFormat.of_record(settings["chat"], self.tokenizer, settings["eod_token"])
 
     def _removals(self) -> dict[int, list[Removal]]:
         by_line: dict[int, list[Removal]] = {}

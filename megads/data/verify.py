@@ -2,8 +2,9 @@
 
 Always: record, sizes, pointers, the hash of the index, and the books (documents in = documents out +
 quarantined + dropped). Unless quick: the hashes of all files; every token id below the vocabulary; each
-document with one end, at its end; and, where the input is, the input read again: the same hash, the
-same counts by reason, and, where the tokenizer is, sampled documents token by token and as text.
+document with one end, at its end, or (conversations, which end as their template has it) with tokens that
+count; and, where the input is, the input read again: the same hash, the same counts by reason, and, where
+the tokenizer is, sampled documents token by token and as text.
 """
 
 import hashlib
@@ -17,12 +18,12 @@ import numpy as np
 
 from megads.data.encoding import Encoder
 from megads.data.fim import TOKEN_NAMES, FillInTheMiddle
-from megads.data.indexed import SCORES, data_files, sidecar_file, unfinished_files
+from megads.data.indexed import LOSS_MASK, SCORES, data_files, sidecar_file, unfinished_files
 from megads.data.manifest import check_dataset
 from megads.data.recipe import settings_sha256
 from megads.data.selection import Document, describe
 from megads.data.stored import SourceText, StoredDataset
-from megads.data.tokenizer import Tokenizer, tokenizer_sha256
+from megads.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from megads.errors import MegadsError
 
 PIECE_TOKENS = 1 << 22
@@ -167,6 +168,9 @@ def _check_tokens(dataset: StoredDataset, found: Verification) -> None:
         seen[ids] = True
         ends += int(np.count_nonzero(ids == eod_id))
     found.distinct_ids = int(seen.sum())
+    if dataset.holds_conversations:
+        _check_loss_mask(dataset, record["loss_mask"], found)
+        return
     last = dataset.tokens[dataset.starts[1:] - 1]
     open_ended = np.flatnonzero((last != eod_id) | (dataset.lengths == 0))
     if open_ended.size:
@@ -178,6 +182,17 @@ def _check_tokens(dataset: StoredDataset, found: Verification) -> None:
         found.problems.append(f"{bin_path}: {ends - found.documents:,} ends of documents inside documents")
 
 
+def _check_loss_mask(dataset: StoredDataset, recorded: dict[str, Any], found: Verification) -> None:
+    """Only 0 and 1, as many as recorded, and some of an answer in every conversation."""
+    path = sidecar_file(dataset.prefix, LOSS_MASK)
+    counted = np.add.reduceat(dataset.loss_mask, dataset.starts[:-1], dtype=np.int64)
+    if dataset.loss_mask.max() > 1 or int(counted.sum()) != recorded["counted_tokens"]:
+        found.problems.append(f"{path}: not the mask that the record was written with")
+    elif not counted.all():
+        first = int(np.flatnonzero(counted == 0)[0])
+        found.problems.append(f"{path}: no token counts of document {first:,}")
+
+
 def _document_of(dataset: StoredDataset, token: int) -> int:
     return int(np.searchsorted(dataset.starts, token, side="right")) - 1
 
@@ -187,8 +202,15 @@ def _check_source(dataset: StoredDataset, found: Verification, settings: VerifyS
     record = dataset.record
     if record is None:
         return
+    tokenizer = None
+    if settings.tokenizer is not None:
+        if tokenizer_sha256(settings.tokenizer) != found.tokenizer_sha256:
+            found.problems.append(f"{dataset.prefix}: made with another tokenizer than {settings.tokenizer}")
+            return
+        eod_token = record.get("settings", {}).get("eod_token")
+        tokenizer = load_tokenizer(settings.tokenizer, eod_token=eod_token)
     try:
-        source = SourceText(record)
+        source = SourceText(record, tokenizer)
     except MegadsError as error:
         found.unchecked.append(f"text: {error}")
         return
@@ -216,8 +238,6 @@ def _check_source(dataset: StoredDataset, found: Verification, settings: VerifyS
             )
     if settings.tokenizer is None:
         found.unchecked.append("text of documents: no tokenizer was given")
-    elif tokenizer_sha256(settings.tokenizer) != found.tokenizer_sha256:
-        found.problems.append(f"{dataset.prefix}: made with another tokenizer than {settings.tokenizer}")
     else:
         _compare(dataset, source, sampled, found, settings.tokenizer)
 
@@ -243,7 +263,12 @@ def _compare(
     wrong, changed = [], 0
     for number, document in sampled.items():
         stored = dataset.document(number)
-        if not np.array_equal(encoder.encode([document]).tokens, stored):
+        encoded = encoder.encode([document])
+        begin, end = dataset.starts[number : number + 2]
+        same_mask = encoded.loss_mask is None or np.array_equal(
+            encoded.loss_mask, dataset.loss_mask[begin:end]
+        )
+        if not (same_mask and np.array_equal(encoded.tokens, stored)):
             wrong.append((number, document.line))
         elif not _reads_as(stored, document.text, encoder.tokenizer):
             changed += 1
@@ -261,8 +286,8 @@ def _compare(
 
 
 def _reads_as(stored: Any, text: str, tokenizer: Tokenizer) -> bool:
-    """Whether the stored ids, put in reading order, decode to the text."""
-    ids = stored[:-1]
+    """Whether the stored ids, put in reading order, decode to the text; control tokens have none."""
+    ids = stored[:-1] if stored[-1] == tokenizer.eod_id else stored
     controls = [tokenizer.control_id(name) for names in TOKEN_NAMES for name in names]
     if np.isin(ids, [control for control in controls if control is not None]).any():
         ids = FillInTheMiddle(0.0, 0.0, 0, tokenizer).restore(ids)
