@@ -181,3 +181,14 @@ def forward_flops_per_token(config: Config, causal: bool = True, seq_length: int
 def training_flops_per_token(config: Config, causal: bool = True, seq_length: int | None = None) -> float:
     """FLOPs of forward and backward per token: three times the forward ones."""
     return 3 * forward_flops_per_token(config, causal, seq_length)
+
+
+def scaling_flops_per_token(config: Config) -> float:
+    """DeepSeek LLM's model scale M (arXiv:2401.02954, eq. 2): training FLOPs per token without embeddings.
+
+    For a dense model with full-rank attention it is the paper's 72 L d^2 + 12 L d s: no head, no MTP, and
+    attention counted as the full square.
+    """
+    counts = count_parameters(config)
+    matrices = sum(layer.matrices for layer in counts.layers)
+    return 3 * (2 * matrices + len(counts.layers) * attention_flops_per_token(config, causal=False))

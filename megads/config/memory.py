@@ -1,22 +1,23 @@
 """Memory of weights, gradients and optimizer state per process, in closed form.
 
-The heaviest pipeline stage is what counts. Activations, buffers of the dispatcher, CUDA's context and
-the allocator's slack come on top; they depend on kernels and routing, so they are not guessed here.
+The heaviest pipeline stage is what counts. Activations and all else that changes during a step come on
+top: see `megads.plan.memory`.
 """
 
 from dataclasses import dataclass
 
-from megads.config.flops import LayerParameters, attention_matrices, count_parameters
+from megads.config.flops import LayerParameters, ParameterCounts, attention_matrices, count_parameters
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one process of pipeline rank `stage`."""
+    """Bytes of one process of pipeline rank `stage`; `expert_parameters` are those in experts."""
 
     stage: int
     parameters: int
+    expert_parameters: int
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
@@ -28,17 +29,21 @@ class StageMemory:
 
 def heaviest_stage(config: Config, resolved: Resolved) -> StageMemory:
     """The pipeline rank whose processes need most."""
-    stages = [stage_memory(config, resolved, stage) for stage in range(resolved.pp)]
+    counts = count_parameters(config)
+    stages = [stage_memory(config, resolved, stage, counts) for stage in range(resolved.pp)]
     return max(stages, key=lambda stage: stage.total_bytes)
 
 
-def stage_memory(config: Config, resolved: Resolved, stage: int) -> StageMemory:
+def stage_memory(
+    config: Config, resolved: Resolved, stage: int, counts: ParameterCounts | None = None
+) -> StageMemory:
     """Weights in the run's precision, gradients in FP32 (as Megatron-Core accumulates them), and state.
 
     Adam keeps two FP32 moments, SGD one; below FP32 an FP32 copy of the weights is kept with them. The
     distributed optimizer (`zero_stage` 1) splits state over the ranks that hold the same weights.
+    `counts` are the model's parameters, for callers that ask often.
     """
-    dense, expert = _parameters(config, resolved, stage)
+    dense, expert = _parameters(config, resolved, stage, counts or count_parameters(config))
     weight_bytes = 4 if resolved.precision == "fp32" else 2
     state_bytes = (4 if config.training.optimizer == "sgd" else 8) + (4 if weight_bytes == 2 else 0)
     sharded = config.distributed.zero_stage == 1
@@ -46,21 +51,25 @@ def stage_memory(config: Config, resolved: Resolved, stage: int) -> StageMemory:
     return StageMemory(
         stage=stage,
         parameters=dense + expert,
+        expert_parameters=expert,
         weights_bytes=weight_bytes * (dense + expert),
         gradients_bytes=4 * (dense + expert),
         optimizer_bytes=state_bytes * dense // dense_ranks + state_bytes * expert // expert_ranks,
     )
 
 
-def _parameters(config: Config, resolved: Resolved, stage: int) -> tuple[int, int]:
+def _parameters(config: Config, resolved: Resolved, stage: int, counts: ParameterCounts) -> tuple[int, int]:
     """(outside the experts, in them) of one process of this pipeline rank."""
-    counts, layout = count_parameters(config), resolved.pipeline_layout
+    layout = resolved.pipeline_layout
     dense = expert = 0
     for index in range(stage, len(layout), resolved.pp):
         first = sum(layout[:index])
-        for layer in counts.layers[first : first + layout[index]]:
-            dense += _dense(config, resolved, layer)
-            expert += layer.experts // (resolved.ep * resolved.etp)
+        # Layers of a kind are equal: one of each is looked at.
+        kinds = resolved.shape.is_moe[first : first + layout[index]]
+        for kind in set(kinds):
+            layer, times = counts.layers[first + kinds.index(kind)], kinds.count(kind)
+            dense += times * _dense(config, resolved, layer)
+            expert += times * (layer.experts // (resolved.ep * resolved.etp))
     is_first, is_last = stage == 0, stage == resolved.pp - 1
     if is_first:
         dense += counts.embedding // resolved.tp

@@ -41,7 +41,6 @@ ALLOWED = {
     "model.moe.deep_ep_fp8": REFUSED,
     "model.moe.deep_ep_async": REFUSED,
     "model.mla.rope_scaling.type": "has one value",
-    "training.use_fp8": REFUSED,
     "data.dataset_name": RECORD,
     "data.dataset_version": RECORD,
     "data.sources[].description": RECORD,
@@ -52,7 +51,7 @@ ALLOWED = {
     **{
         f"distributed.slurm.{name}": LAUNCHER
         for name in (
-            "partition", "ntasks_per_node", "cpus_per_task", "time", "mem", "job_name", "output", "error",
+            "partition", "ntasks_per_node", "cpus_per_task", "mem", "job_name", "output", "error",
             "account", "qos", "extra_args",
         )
     },

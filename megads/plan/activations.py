@@ -1,0 +1,263 @@
+"""What forward keeps for backward, in closed form, tensor by tensor as `megads.model` saves them.
+
+One micro-batch on one process. `tests/dist/test_plan_memory.py` compares it with what autograd's
+saved-tensor hooks see in real forward passes. Routing is taken to be even: the tokens of an expert are
+K / E of all. Left out is what stays below a thousandth: single scalars, counters, offsets.
+
+On CUDA, attention is torch's fused kernel, which keeps its output and the values' whole projection; on
+the CPU it is `model/functional.py`, which keeps contiguous queries, keys and values. With
+`gradient_checkpointing` "selective" Transformer Engine lets norms be recomputed too; a CUDA run is taken
+to have it.
+
+`use_fp8` is counted as DeepSeek-V3 describes it (section 3.3.3): inputs of FFN products and of SwiGLU are
+kept in FP8 with an FP32 scale per 128 numbers, and SwiGLU's output is computed again.
+
+Letters: T tokens of a rank, K keys, b bytes of an activation.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+from megads.config.resolve import Resolved
+from megads.config.schema import Config
+
+Parts = Counter[str]
+"""Bytes by part: `attention`, `ffn`, `dispatch` (routing and routed tokens), `mtp`, `logits`."""
+
+
+@lru_cache(maxsize=1024)
+def layer_kinds(layout: tuple[int, ...], is_moe: tuple[bool, ...]) -> tuple[Counter[bool], ...]:
+    """For each virtual stage of `layout`, how many of its layers are MoE (True) and dense (False)."""
+    ends = list(accumulate(layout))
+    return tuple(Counter(is_moe[end - size : end]) for size, end in zip(layout, ends, strict=True))
+
+
+@dataclass(frozen=True)
+class SavedActivations:
+    """Bytes that forward keeps, for a configuration in a layout."""
+
+    config: Config
+    resolved: Resolved
+    _layers: dict[bool, Parts] = field(default_factory=dict, repr=False)
+    _whole_layers: dict[bool, int] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def element_bytes(self) -> int:
+        return 4 if self.resolved.precision == "fp32" else 2
+
+    @cached_property
+    def product_bytes(self) -> float:
+        """Of a number that only waits for the weight gradient of an FFN product."""
+        return 1 + 4 / 128 if self.config.training.use_fp8 else self.element_bytes
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one rank of context parallelism."""
+        training = self.config.training
+        return training.micro_batch_size * training.seq_length // self.resolved.cp
+
+    @cached_property
+    def keys(self) -> int:
+        """Tokens whose keys and values a rank makes: those of the whole sequence."""
+        return self.tokens * self.resolved.cp
+
+    @cached_property
+    def split_tokens(self) -> int:
+        """Tokens of a rank outside attention and FFN, where sequence parallelism splits them."""
+        return self.tokens // self.resolved.tp if self.resolved.sequence_parallel else self.tokens
+
+    @cached_property
+    def routed_tokens(self) -> int:
+        """(token, expert) pairs whose experts are on this rank, with even routing."""
+        return self.split_tokens * self.config.model.moe.num_experts_per_token * self.resolved.etp
+
+    @cached_property
+    def recompute(self) -> str:
+        """`none`, `selective` or `full`."""
+        setting = self.config.training.gradient_checkpointing
+        return "full" if setting is True else setting or "none"
+
+    @cached_property
+    def hidden_bytes(self) -> int:
+        """One hidden state of all tokens of a rank."""
+        return self.split_tokens * self.config.model.mla.d_model * self.element_bytes
+
+    def _norm(self, tokens: int, width: int, inputs: int = 1) -> int:
+        """Inputs of a norm and its statistics: RMSNorm one number per token, LayerNorm two."""
+        statistics = 1 if self.config.model.norm_type == "rmsnorm" else 2
+        return tokens * inputs * (width * self.element_bytes + 4 * statistics)
+
+    def _dropout(self, elements: float, probability: float) -> int:
+        """A mask: bytes on CUDA, scaled numbers on the CPU."""
+        if not probability:
+            return 0
+        return round(elements * (1 if self.resolved.device == "cuda" else self.element_bytes))
+
+    def layer(self, is_moe: bool) -> Parts:
+        """One decoder layer as the run keeps it."""
+        if self.recompute == "full":
+            return Parts(attention=self.hidden_bytes)
+        return self._whole_layer(is_moe, discard_projections=self.recompute == "selective")
+
+    def recomputed_bytes(self, is_moe: bool) -> int:
+        """What recomputation brings back for one layer while backward is in it."""
+        return self.whole_layer_bytes(is_moe) - sum(self.layer(is_moe).values())
+
+    def whole_layer_bytes(self, is_moe: bool) -> int:
+        """One layer without any recomputation: what its forward pass writes and its backward reads."""
+        return sum(self._whole_layer(is_moe, discard_projections=False).values())
+
+    def _whole_layer(self, is_moe: bool, discard_projections: bool) -> Parts:
+        width = self.config.model.mla.d_model
+        parts = self._experts() if is_moe else self._dense(self.resolved.shape.intermediate_size)
+        parts["attention"] += self._norm(self.split_tokens, width, inputs=2)
+        parts["attention"] += 2 * self._dropout(self.split_tokens * width, self.config.model.hidden_dropout)
+        parts["attention"] += self._latents() + self._attention(discard_projections)
+        if not (discard_projections and self.resolved.device == "cuda"):  # the two norms' outputs
+            parts["attention"] += self.hidden_bytes
+            parts["ffn"] += self.hidden_bytes
+        return parts
+
+    def _latents(self) -> int:
+        """Inputs and outputs of the low-rank projections' norms."""
+        mla, size, tokens = self.config.model.mla, self.element_bytes, self.split_tokens
+        saved = self._norm(tokens, mla.d_latent) + tokens * self.resolved.shape.qk_rope_head_dim * size
+        saved += tokens * self.resolved.cp * mla.d_latent * size  # gathered over context parallelism
+        if mla.q_lora_rank is not None:
+            saved += self._norm(tokens, mla.q_lora_rank) + tokens * mla.q_lora_rank * size
+        return saved
+
+    def _attention(self, discard_projections: bool) -> int:
+        """Queries, keys, values and the output, for this rank's heads."""
+        resolved, shape, mla = self.resolved, self.resolved.shape, self.config.model.mla
+        heads = mla.num_heads // resolved.tp
+        query = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+        context = self.tokens * heads * shape.v_head_dim
+        projections = (self.tokens + self.keys) * heads * query
+        values = self.keys * heads * shape.v_head_dim
+        window = mla.sliding_window
+        masked = window is not None and window < self.config.training.seq_length
+        masked = masked or self.config.data.document_mask
+        fused = resolved.device == "cuda" or masked or resolved.cp > 1
+        saved = context
+        mask = 0
+        if fused:
+            # The kernel keeps its output, and values as a view of the projection they share with keys.
+            projections += self.keys * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
+            saved += context
+            mask = self.tokens * heads * 4  # logarithms of the softmax's sums, in FP32
+            if masked or resolved.cp > 1:
+                mask += self._mask()
+        else:
+            saved += values
+        saved += 0 if discard_projections else projections
+        return saved * self.element_bytes + mask
+
+    def _mask(self) -> int:
+        """Who sees whom, as numbers that the kernel adds: [T, K] per sequence or for all of them."""
+        training, cp = self.config.training, self.resolved.cp
+        each = training.seq_length // cp * training.seq_length
+        # A rank's first chunk of queries sees fewer keys; over all ranks they are half of the square.
+        share = 1.0 if cp == 1 else 0.5 + 0.25 / cp
+        copies = training.micro_batch_size if self.config.data.document_mask else 1
+        return round(each * share) * copies * self.element_bytes
+
+    def _dense(self, width: int) -> Parts:
+        """A SwiGLU FFN: gate and up, and their product."""
+        return Parts(ffn=self._swiglu(self.tokens, width // self.resolved.tp))
+
+    def _swiglu(self, tokens: int, width: int) -> int:
+        numbers = 2 if self.config.training.use_fp8 else 3
+        return round(tokens * numbers * width * self.product_bytes)
+
+    def _experts(self) -> Parts:
+        moe, resolved, tokens = self.config.model.moe, self.resolved, self.split_tokens
+        width = moe.expert_intermediate_size // resolved.etp
+        parts = self._dense(resolved.shape.shared_intermediate_size)
+        gates = self.routed_tokens * self.element_bytes
+        parts["ffn"] += self._swiglu(self.routed_tokens, width) + gates
+        router = tokens * (4 * moe.num_experts + 8 * moe.num_experts_per_token)
+        if moe.norm_topk_prob and moe.num_experts_per_token > 1:
+            router += tokens * 4 * (moe.num_experts_per_token + 1)
+        if moe.balance_loss_type != "none" and moe.router_aux_loss_weight > 0:
+            router += tokens * 4
+        if moe.router_z_loss_weight > 0:
+            router += tokens * 4 * (moe.num_experts + 1)
+        if resolved.precision != "fp32":
+            router += tokens * 4 * self.config.model.mla.d_model  # the router computes in FP32
+        # Megatron-Core sorts all (expert, token) pairs and keeps the permutation whole.
+        permutation = tokens * 8 * (moe.num_experts + moe.num_experts_per_token)
+        inputs = self.routed_tokens * self.config.model.mla.d_model * self.product_bytes
+        parts["dispatch"] = router + permutation + round(inputs)
+        parts["ffn"] += self._dropout(tokens * self.config.model.mla.d_model, moe.dropout)
+        return parts
+
+    def ends(self, first: bool, last: bool) -> Parts:
+        """What a stage keeps besides decoder layers: token ids, the rotary table, MTP, the head."""
+        shape, training = self.resolved.shape, self.config.training
+        table = training.seq_length * shape.qk_rope_head_dim * 4
+        parts = Parts(attention=table)
+        width = self.config.model.mla.d_model
+        if first:
+            parts["attention"] += self.tokens * 8
+            parts["attention"] += self._dropout(self.split_tokens * width, self.config.model.hidden_dropout)
+        if last:
+            parts["logits"] += self._norm(self.split_tokens, width) + self._head()
+            for _ in range(shape.mtp_depth):
+                parts["mtp"] += self._mtp_module()
+        return parts
+
+    def _head(self) -> int:
+        """Inputs of the output head for every prediction depth, and softmaxes in FP32."""
+        depths, tp = 1 + self.resolved.shape.mtp_depth, self.resolved.tp
+        labels = self.tokens * (8 + 4)
+        softmax = self.tokens * self.config.model.vocab_size // tp * 4
+        return depths * (self.hidden_bytes + softmax + labels)
+
+    def _mtp_module(self) -> int:
+        """Token ids, two norms, the projection of both, a layer, the last norm (DeepSeek-V3, eq. 21-23)."""
+        width, ids = self.config.model.mla.d_model, self.tokens * 8
+        if self.recompute == "full":
+            return ids + 2 * self.hidden_bytes
+        norms = self._norm(self.split_tokens, width, inputs=3)
+        layer = sum(self.layer(self.resolved.shape.mtp_is_moe).values())
+        return ids + norms + 2 * self.hidden_bytes + layer
+
+    @cached_property
+    def kinds(self) -> tuple[Counter[bool], ...]:
+        """Decoder layers of each virtual stage: how many are MoE (True) and dense (False)."""
+        return layer_kinds(self.resolved.pipeline_layout, self.resolved.shape.is_moe)
+
+    def kinds_of_stage(self, stage: int) -> set[bool]:
+        """The kinds of layers that a pipeline rank has, its MTP modules' included."""
+        found = {kind for chunk in self.kinds[stage :: self.resolved.pp] for kind in chunk}
+        if stage == self.resolved.pp - 1 and self.resolved.shape.mtp_depth:
+            found.add(self.resolved.shape.mtp_is_moe)
+        return found
+
+    def chunk(self, index: int) -> Parts:
+        """All that virtual stage `index`, counted in order of execution, keeps of a micro-batch."""
+        parts = self.ends(index == 0, index == len(self.resolved.pipeline_layout) - 1)
+        for is_moe, count in self.kinds[index].items():
+            parts.update({part: count * size for part, size in self.layer(is_moe).items()})
+        return parts
+
+    def layer_gradients(self, is_moe: bool) -> int:
+        """The largest gradients that exist at a time within one layer: of the FFN, or of the attention."""
+        shape, tp, width = self.resolved.shape, self.resolved.tp, self.config.model.mla.d_model
+        query = shape.qk_nope_head_dim + shape.qk_rope_head_dim
+        heads = self.config.model.mla.num_heads // tp
+        attention = self.keys * heads * (2 * query + 2 * shape.v_head_dim + shape.qk_nope_head_dim)
+        if not is_moe:
+            ffn = self.tokens * (3 * shape.intermediate_size // tp + width)
+        else:
+            inner = self.config.model.moe.expert_intermediate_size // self.resolved.etp
+            # Routed tokens on their way in and out of the all-to-all, and inside the experts.
+            ffn = self.routed_tokens * (2 * width + 3 * inner)
+        return max(attention, ffn) * self.element_bytes
+
+    def logit_gradients(self) -> int:
+        """Logits in the run's precision beside those in FP32, of one prediction depth."""
+        return self.tokens * self.config.model.vocab_size // self.resolved.tp * self.element_bytes
