@@ -41,6 +41,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]==2.20.*"],
         "quantize": ["nvidia-modelopt[torch]"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers>=5"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers>=5", "wandb"],
     },
 )
