@@ -14,14 +14,14 @@ from megads.config import show
 from megads.config.flags import parse_flags
 from megads.config.schema import Config
 from megads.config.stages import Stage, check_stages, load_stages, planned_processes, select
-from megads.errors import MegadsError
+from megads.errors import MegadsError, RunStopped
 from megads.log import setup_logging
 
 SECONDS_FOR_RANK_0 = 10.0
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0, or that of the error that was printed."""
+    """The exit code: 0 at the end of the run, 75 when it was stopped, or that of the error that was printed."""
     try:
         arguments = parse_flags(argv)
         stages = load_stages(arguments.config, arguments.overrides, arguments.origins)
@@ -43,12 +43,14 @@ def main(argv: list[str]) -> int:
 
 
 def _tell(error: MegadsError) -> None:
-    """Print an error once: rank 0's, or another's where rank 0 has none.
+    """Print an error once: rank 0's, or another's where rank 0 has none. All ranks have the same RunStopped.
 
     torchrun ends a job when its first process exits. So the other ranks leave rank 0 time to speak, and
     are ended while they wait when it had the same error.
     """
     rank = os.environ.get("RANK", "0")
+    if rank != "0" and isinstance(error, RunStopped):
+        return
     if rank != "0":
         time.sleep(SECONDS_FOR_RANK_0)
     name = type(error).__name__ if rank == "0" else f"rank {rank}: {type(error).__name__}"

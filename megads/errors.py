@@ -39,3 +39,9 @@ class TrainingError(MegadsError):
     """Training cannot go on: the loss is not finite, or a process of the job failed."""
 
     exit_code = 6
+
+
+class RunStopped(MegadsError):
+    """No mistake: a run was asked to stop, has saved, and goes on when it is started again."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again

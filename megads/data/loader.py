@@ -13,6 +13,7 @@ their parent; inherited signal handlers are reset (`workers.start_helper_process
 """
 
 import math
+import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,3 +180,5 @@ def build_loader(
 
 def _start_worker(worker_id: int) -> None:
     start_helper_process()
+    # A scheduler's SIGTERM goes to all processes of a job; the run needs its loader until it has saved.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

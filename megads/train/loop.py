@@ -22,7 +22,7 @@ from megads.config.schema import Config
 from megads.data.blend import build_datasets
 from megads.data.loader import Loader, build_loader
 from megads.data.sources import sample_counts
-from megads.errors import TrainingError
+from megads.errors import RunStopped, TrainingError
 from megads.train.average import ParameterAverage
 from megads.train.contents import Contents
 from megads.train.evaluate import Validation
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 def train(config: Config, resolved: Resolved) -> bool:
     """Run the training that `config` describes; the process groups must exist. See `Run.to_the_end`.
 
-    Raises DataError, CheckpointError or TrainingError, on every rank.
+    Raises DataError, CheckpointError, TrainingError or RunStopped, on every rank.
     """
     with CheckpointStore(
         resolved.checkpoint_dir,
@@ -120,7 +120,8 @@ class Run:
     def to_the_end(self) -> bool:
         """All remaining steps; then the last checkpoint, the last evaluation and the loss curve.
 
-        False where the run was to stop, before its last step or while that was being saved.
+        False where `training.exit_step` cut it. Raises RunStopped after a stop request, also one that came
+        while the last step was being saved: what follows, like a further stage, is to wait.
         """
         last_step = self.resolved.train_steps
         if self.config.training.exit_step is not None:
@@ -149,7 +150,11 @@ class Run:
                     break
             completed = self.state.step >= self.resolved.train_steps
             self._finish(completed)
-            return completed and self.stop.agreed() is None
+            if signal_name := self.stop.agreed():
+                raise RunStopped(
+                    f"{signal_name}: saved after step {self.state.step}; the same command goes on from there"
+                )
+            return completed
         finally:
             profiler.close(self.state.step)
             self.stop.close()

@@ -15,7 +15,7 @@ from megads.config.resolve import Resolved, checkpoint_directory, resolve, run_l
 from megads.config.schema import Config
 from megads.config.stages import Stage
 from megads.config.validate import notes
-from megads.errors import CheckpointError
+from megads.errors import CheckpointError, RunStopped
 from megads.log import setup_logging
 from megads.mcore.groups import (
     decided_by_rank_0,
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_stages(stages: Sequence[Stage], world_size: int, cuda: bool, only: str | None = None) -> None:
-    """Run what is left of the stages, or of the `only` one; a stop request in any of them ends it all.
+    """Run what is left of the stages, or of the `only` one; `training.exit_step` in any of them ends it all.
 
-    Raises DataError, CheckpointError or TrainingError, on every rank.
+    Raises DataError, CheckpointError, TrainingError or RunStopped, on every rank.
     """
     rank, ran = int(os.environ.get("RANK", "0")), False
     for number, stage in enumerate(stages):
@@ -67,7 +67,12 @@ def _run(config: Config, resolved: Resolved, leads: bool) -> bool:
     # Imports Megatron-Core, which must find the substitutions of a CPU run in place.
     from megads.train.loop import train
 
-    completed = train(config, resolved)
+    try:
+        completed = train(config, resolved)
+    except RunStopped:
+        # All ranks agreed on it: none is left waiting in a collective, as one may be after another error.
+        destroy_process_groups()
+        raise
     destroy_process_groups()
     return completed
 

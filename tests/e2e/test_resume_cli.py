@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megads.train.phases import PHASES
+from megads.errors import RunStopped
 from tests.e2e.commands import (
     ENVIRONMENT,
     LONGEST_SECONDS,
@@ -77,7 +78,7 @@ def test_sigterm_saves_and_a_rerun_finishes(config: Path, tmp_path: Path) -> Non
         wait_for_a_step(output, process)
         process.send_signal(signal.SIGTERM)
         text, _ = process.communicate(timeout=LONGEST_SECONDS)
-    assert process.returncode == 0, text
+    assert process.returncode == RunStopped.exit_code, text
     assert "SIGTERM received" in text
     stopped_at = steps(output)[-1]
     assert 0 < stopped_at < 60
