@@ -21,7 +21,7 @@ SECONDS_FOR_RANK_0 = 10.0
 
 
 def main(argv: list[str]) -> int:
-    """The exit code: 0 at the end of the run, 75 when it was stopped, or that of the error that was printed."""
+    """The exit code: 0, 75 for a run that was stopped, or that of the error that was printed."""
     try:
         arguments = parse_flags(argv)
         stages = load_stages(arguments.config, arguments.overrides, arguments.origins)

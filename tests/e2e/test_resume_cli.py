@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megads.train.phases import PHASES
 from megads.errors import RunStopped
+from megads.train.phases import PHASES
 from tests.e2e.commands import (
     ENVIRONMENT,
     LONGEST_SECONDS,
