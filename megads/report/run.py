@@ -53,6 +53,8 @@ class Run:
     def name(self) -> str:
         """The experiment's name, else the directory's."""
         named = self.saved.get("config", {}).get("experiment_name")
+        if named and self.metrics.borders:
+            named = named.removesuffix(f"/{self.metrics.borders[-1][0]}")
         return str(named or self.directory.resolve().name)
 
     @property
@@ -91,13 +93,53 @@ def load_run(directory: Path) -> Run:
         raise DataError(f"{directory} is not a directory: give the output_dir of a run")
     if (directory / METRICS_FILE).is_file():
         return _load_one(directory)
-    stages = sorted(directory.glob(f"*/{METRICS_FILE}"), key=lambda path: path.stat().st_mtime)
+    stages = [path.parent for path in sorted(directory.glob(f"*/{METRICS_FILE}"))]
     if not stages:
         raise DataError(
             f"{directory} holds no {METRICS_FILE}, nor does a directory of a stage in it: give the "
             "output_dir of a run that has begun (a run writes its first line when training starts)"
         )
-    return join_stages(directory, [_load_one(path.parent) for path in stages])
+    return _join(directory, [_load_one(stage) for stage in _in_order(directory, stages)])
+
+
+def _in_order(directory: Path, stages: list[Path]) -> list[Path]:
+    """Stages as they follow one another: each starts from the checkpoints of the one before."""
+    names = {stage.name for stage in stages}
+    before = {stage: _stage_before(stage) for stage in stages}
+    first = [stage for stage in stages if before[stage] not in names]
+    after = {name: stage for stage, name in before.items()}
+    ordered: list[Path] = []
+    following = first[0] if len(first) == 1 else None
+    while following is not None:
+        ordered.append(following)
+        following = after.get(following.name)
+    if len(ordered) != len(stages):
+        raise DataError(
+            f"{directory} holds several runs, which are not the stages of one: {', '.join(sorted(names))}. "
+            "Give the directory of one of them, and with --compare another"
+        )
+    return ordered
+
+
+def _stage_before(stage: Path) -> str | None:
+    """The name of the directory whose checkpoints a stage started from."""
+    saved, _ = _load_saved(stage)
+    start = (saved.get("config", {}).get("checkpointing") or {}).get("init_from")
+    if not start:
+        return None
+    return Path(start).parent.name if Path(start).name == LEASE.parent.name else Path(start).name
+
+
+def _load_saved(directory: Path) -> tuple[dict[str, Any], list[str]]:
+    """The saved configuration, empty where it cannot be read, and what must be said about that."""
+    try:
+        saved = orjson.loads((directory / SAVED_FILE).read_bytes())
+    except FileNotFoundError:
+        return {}, [f"{directory / SAVED_FILE} is missing: nothing is known about the configuration."]
+    except (OSError, orjson.JSONDecodeError) as error:
+        return {}, [f"{directory / SAVED_FILE} cannot be read ({error})."]
+    whole = isinstance(saved, dict) and isinstance(saved.get("config", {}), dict)
+    return (saved, []) if whole else ({}, [f"{directory / SAVED_FILE} is not what a run has saved."])
 
 
 def _load_one(directory: Path) -> Run:
@@ -109,20 +151,15 @@ def _load_one(directory: Path) -> Run:
     if metrics.damaged_lines:
         lines = "1 line is" if metrics.damaged_lines == 1 else f"{metrics.damaged_lines:,} lines are"
         notices.append(f"{lines} damaged in {path} and left out here.")
-    saved: dict[str, Any] = {}
-    try:
-        saved = orjson.loads((directory / SAVED_FILE).read_bytes())
-    except FileNotFoundError:
-        notices.append(f"{directory / SAVED_FILE} is missing: nothing is known about the configuration.")
-    except (OSError, orjson.JSONDecodeError) as error:
-        notices.append(f"{directory / SAVED_FILE} cannot be read ({error}).")
+    saved, complaints = _load_saved(directory)
+    notices += complaints
     if not metrics.train.rows:
         notices.append("There is no training record yet: the first comes after training.log_interval steps.")
     return Run(
         directory,
         metrics,
         read_superseded(directory / SUPERSEDED_FILE),
-        saved if isinstance(saved, dict) else {},
+        saved,
         notices,
         written_unix_seconds=path.stat().st_mtime,
         read_unix_seconds=now,
@@ -137,7 +174,7 @@ def _lease_is_released(directory: Path) -> bool:
         return False
 
 
-def join_stages(directory: Path, stages: list[Run]) -> Run:
+def _join(directory: Path, stages: list[Run]) -> Run:
     """Stages one after the other, steps, tokens and time counted through."""
     joined = Metrics()
     branches: list[list[Record]] = []

@@ -192,7 +192,7 @@ def test_bad_input(tmp_path: Path) -> None:
 
 def test_stages_side_by_side(tmp_path: Path, browser: Browser) -> None:
     write_run(tmp_path / "base" / "pretrain", records=40)
-    time.sleep(0.02)
-    write_run(tmp_path / "base" / "extend", records=40)
+    settings = {"checkpointing.init_from": str(tmp_path / "base" / "pretrain" / "checkpoints")}
+    write_run(tmp_path / "base" / "extend", records=40, settings=settings)
     shown(browser, write_page(tmp_path / "base"))
     assert "extend" in browser.evaluate("document.querySelector('#loss .annotation').textContent")

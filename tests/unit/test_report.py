@@ -215,10 +215,11 @@ def test_smoothing() -> None:
 
 
 def test_stages_are_one_run(tmp_path: Path) -> None:
-    for age, name in ((100, "pretrain"), (50, "extend")):
-        directory = write_run(tmp_path / name, records=40)
-        os.utime(directory / "metrics.jsonl", (time.time() - age, time.time() - age))
+    write_run(tmp_path / "pretrain", records=40)
+    start = {"checkpointing.init_from": "elsewhere/pretrain/checkpoints", "experiment_name": "V3/extend"}
+    write_run(tmp_path / "extend", records=40, settings=start)
     run = load_run(tmp_path)
+    assert run.name == "V3"
     assert run.metrics.borders == [("pretrain", 0.0, 0.0), ("extend", 400.0, 400.0 * TOKENS_PER_STEP)]
     steps = run.metrics.train.column("step")
     np.testing.assert_array_equal(steps, np.arange(10.0, 801.0, 10.0))
@@ -226,6 +227,26 @@ def test_stages_are_one_run(tmp_path: Path) -> None:
     assert (run.metrics.last["step"], run.facts["train_steps"], run.state()) == (800, 800, "finished")
     assert run.metrics.experts[-1]["step"] == 800
     assert len(charts(run)["heat-max_vio_by_layer"]["z"][0]) == 80
+
+
+def test_runs_side_by_side_are_no_stages(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", records=5)
+    write_run(tmp_path / "two", records=5)
+    with pytest.raises(DataError, match="not the stages of one: one, two"):
+        load_run(tmp_path)
+    write_run(tmp_path / "one", records=5, settings={"checkpointing.init_from": "two/checkpoints"})
+    write_run(tmp_path / "two", records=5, settings={"checkpointing.init_from": "one/checkpoints"})
+    with pytest.raises(DataError, match="not the stages of one"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"config": 3}', '{"config": {}}'])
+def test_a_damaged_saved_configuration(tmp_path: Path, content: str) -> None:
+    write_run(tmp_path, records=5)
+    (tmp_path / "run.json").write_text(content)
+    write_report(tmp_path, tmp_path / "report.html")
+    notices = page_data(tmp_path / "report.html")["header"]["notices"]
+    assert bool(notices) == (content != '{"config": {}}')
 
 
 def test_two_runs(tmp_path: Path) -> None:
