@@ -91,7 +91,7 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Dead experts", ("dead_experts",), "experts", about="Without a token in the log interval",
               style="exact"),
-        Panel("Router entropy", ("router_entropy",)),
+        Panel("Router entropy", ("router_entropy",), about="Over ln(experts): 1 is even"),
         Panel("Range of the expert bias", ("bias_range",), about="Largest of all layers", style="exact"),
     ),
     "Data": (
@@ -106,7 +106,9 @@ HEAT_GROUP = "Experts"
 HEAT: dict[str, HeatPanel] = {
     "max_vio_by_layer": HeatPanel("Load violation (MaxVio) by layer", "0 is even"),
     "dead_experts_by_layer": HeatPanel("Dead experts by layer", "Mean number"),
-    "router_entropy_by_layer": HeatPanel("Router entropy by layer", from_zero=False),
+    "router_entropy_by_layer": HeatPanel(
+        "Router entropy by layer", "Over ln(experts): 1 is even", from_zero=False
+    ),
     "bias_range_by_layer": HeatPanel("Range of the expert bias by layer"),
 }
 
