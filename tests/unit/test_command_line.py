@@ -1,0 +1,59 @@
+"""How tools end: exit codes, one line for a user's mistake, and what signals do."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megads.command_line import INTERRUPTED, run_tool
+from megads.errors import CheckpointError
+
+# Says when it is at work, and what it cleans up when it is ended.
+AT_WORK = """
+import sys, time
+from megads.command_line import run_tool
+def run():
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+sys.exit(run_tool(run, interrupted="half is done", cleans_up={cleans_up}))
+"""
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (1, 1)])
+def test_what_a_tool_returns_is_its_exit_code(returned: int | None, code: int) -> None:
+    assert run_tool(lambda: returned) == code
+
+
+def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def mistaken() -> None:
+        raise CheckpointError("it is damaged; take another")
+
+    assert run_tool(mistaken) == CheckpointError.exit_code
+    assert capsys.readouterr() == ("", "error: it is damaged; take another\n")
+    with pytest.raises(ZeroDivisionError):
+        run_tool(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("number", "cleans_up", "code", "said", "complained"),
+    [
+        (signal.SIGINT, False, INTERRUPTED, "cleaned up\n", "half is done\n"),
+        (signal.SIGTERM, True, 128 + signal.SIGTERM, "cleaned up\n", ""),
+        (signal.SIGTERM, False, -signal.SIGTERM, "", ""),
+    ],
+)
+def test_signals(tmp_path: Path, number: int, cleans_up: bool, code: int, said: str, complained: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", AT_WORK.format(cleans_up=cleans_up)], text=True, cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=60) == (said, complained)
+        assert process.returncode == code
