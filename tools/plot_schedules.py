@@ -8,15 +8,18 @@ them; any flag of pretrain_megads.py may follow. Needs no GPU and no torch.
 
 import argparse
 import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megads.config.flags import Arguments, parse_flags
-from megads.config.loader import load_config
-from megads.config.resolve import Resolved, planned_hardware, resolve
+from megads.config.resolve import Resolved, resolve
 from megads.config.scalars import Schedules, scheduled_settings
 from megads.config.schema import Config
-from megads.config.validate import check
+from megads.config.stages import Stage, check_stages, load_stages, planned_processes, select
+from megads.data.sources import training_shares
 from megads.errors import MegadsError
 
 if TYPE_CHECKING:
@@ -38,12 +41,12 @@ def breakpoints(config: Config, resolved: Resolved) -> list[int]:
 
 
 def series(config: Config, resolved: Resolved) -> tuple[list[int], dict[str, list[float]]]:
-    """(tokens, values by panel); only what is shown: the rate, the batch, and all that varies."""
+    """(tokens, values by panel) of one run: learning rate, batch, and every setting that may vary."""
     schedules, total = Schedules(config, resolved), resolved.total_tokens
     even = {total * i // POINTS for i in range(POINTS)}
     tokens = sorted(even | set(breakpoints(config, resolved)))
     at = [schedules.at(t) for t in tokens]
-    panels = {
+    return tokens, {
         "learning rate": [scalars.learning_rate for _, scalars in at],
         "batch (sequences)": [float(batch) for batch, _ in at],
         "sequence length": [float(scalars.seq_length) for _, scalars in at],
@@ -53,48 +56,102 @@ def series(config: Config, resolved: Resolved) -> tuple[list[int], dict[str, lis
         "router temperature": [scalars.router_temperature for _, scalars in at],
         "router noise": [scalars.router_noise_std for _, scalars in at],
     }
-    always = ("learning rate", "batch (sequences)")
-    return tokens, {n: v for n, v in panels.items() if n in always or min(v) != max(v)}
 
 
 def mix(config: Config, tokens: list[int]) -> dict[str, list[float]]:
-    """Share of each source at each of `tokens`, where the mix has phases."""
-    if not config.data.phases:
-        return {}
-    shares: dict[str, list[float]] = {source.name: [] for source in config.data.sources}
-    for at in tokens:
-        current = max((p for p in config.data.phases if p.from_tokens <= at), key=lambda p: p.from_tokens)
-        total = sum(current.weights.values())
-        for name, values in shares.items():
-            values.append(current.weights.get(name, 0.0) / total)
-    return shares
+    """Share of each source at each of `tokens`; what `max_epochs` takes off it the datasets decide."""
+    names, starts, shares = training_shares(config)
+    phases = [bisect_right(starts, at // config.training.seq_length) - 1 for at in tokens]
+    return {name: [shares[phase].get(name, 0.0) for phase in phases] for name in names}
 
 
-def draw(config: Config, resolved: Resolved, png: Path) -> None:
-    """Draw all panels, one below the other over the same tokens, into `png`."""
+@dataclass(frozen=True)
+class Segment:
+    """One stage in the figure, from `first_tokens` on."""
+
+    name: str
+    first_tokens: int
+    tokens: list[int]
+    panels: dict[str, list[float]]
+    shares: dict[str, list[float]]
+
+
+def segments(stages: Sequence[Stage], world_size: int, cuda: bool) -> tuple[list[Segment], int]:
+    """The stages one after the other, and the tokens of all of them."""
+    found, first = [], 0
+    for stage in stages:
+        resolved = resolve(stage.config, world_size, cuda)
+        tokens, panels = series(stage.config, resolved)
+        shifted = [first + at for at in tokens]
+        found.append(Segment(stage.name, first, shifted, panels, mix(stage.config, tokens)))
+        first += resolved.total_tokens
+    return found, first
+
+
+def shown_panels(drawn: Sequence[Segment]) -> list[str]:
+    """The rate, the batch, and all that varies, within a stage or from one to the next."""
+    always = ("learning rate", "batch (sequences)")
+    values = {name: {value for one in drawn for value in one.panels[name]} for name in drawn[0].panels}
+    return [name for name, seen in values.items() if name in always or len(seen) > 1]
+
+
+def draw(title: str, drawn: Sequence[Segment], total_tokens: int, png: Path) -> None:
+    """Draw all panels, one below the other over the same tokens, into `png`; stages have borders."""
     from matplotlib.figure import Figure
 
-    tokens, panels = series(config, resolved)
-    shares = mix(config, tokens)
-    rows = len(panels) + bool(shares)
+    names = shown_panels(drawn)
+    mixes = {
+        tuple(values[at] for values in one.shares.values()) for one in drawn for at in range(len(one.tokens))
+    }
+    with_mix = len(mixes) > 1
+    rows = len(names) + with_mix
     figure = Figure(figsize=(9, 1.2 + 1.5 * rows), dpi=144, layout="constrained")
     axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-    for ax, (name, values) in zip(axes, panels.items(), strict=False):
-        smooth = name == "learning rate"
-        ax.plot(tokens, values, color=LINE, linewidth=1.6, drawstyle="default" if smooth else "steps-post")
-        ax.set_ylim(0, max(*values, 1e-12) * 1.2)
+    for ax, name in zip(axes, names, strict=False):
+        style = "default" if name == "learning rate" else "steps-post"
+        for one, end in zip(drawn, [*(later.first_tokens for later in drawn[1:]), total_tokens], strict=True):
+            values = one.panels[name]
+            ax.plot([*one.tokens, end], [*values, values[-1]], color=LINE, linewidth=1.6, drawstyle=style)
+        ax.set_ylim(0, max(1e-12, *(value for one in drawn for value in one.panels[name])) * 1.2)
         _style(ax, name)
-    if shares:
-        axes[-1].stackplot(tokens, list(shares.values()), labels=list(shares), step="post", alpha=0.85)
-        axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=7)
-        axes[-1].set_ylim(0, 1)
-        _style(axes[-1], "share of tokens")
-    axes[0].set_title(config.experiment_name, loc="left", fontweight="bold")
-    axes[-1].set_xlim(0, resolved.total_tokens)
+    if with_mix:
+        _draw_mix(axes[-1], drawn)
+    for ax in axes:
+        for one in drawn[1:]:
+            ax.axvline(one.first_tokens, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+    if drawn[0].name:
+        _name_stages(axes[0], drawn, total_tokens)
+    axes[0].set_title(title, loc="left", fontweight="bold", pad=18 if drawn[0].name else None)
+    axes[-1].set_xlim(0, total_tokens)
     axes[-1].set_xlabel("training tokens")
     axes[-1].xaxis.set_major_formatter(lambda value, _: _count(value))
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, format="png")
+
+
+def _draw_mix(ax: "Axes", drawn: Sequence[Segment]) -> None:
+    """Shares of the sources as bands; a source that a stage does not read has no band there."""
+    names = list(dict.fromkeys(name for one in drawn for name in one.shares))
+    tokens = [at for one in drawn for at in one.tokens]
+    bands = [[v for one in drawn for v in one.shares.get(name, [0.0] * len(one.tokens))] for name in names]
+    ax.stackplot(tokens, bands, labels=names, step="post", alpha=0.85)
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=7)
+    ax.set_ylim(0, 1)
+    _style(ax, "share of tokens")
+
+
+def _name_stages(ax: "Axes", drawn: Sequence[Segment], total_tokens: int) -> None:
+    """Names above the borders; those of stages too short for it one above the other, at the right."""
+    last = -1.0
+    height = 1.02
+    for one in drawn:
+        place = one.first_tokens / total_tokens
+        height = height + 0.12 if place - last < 0.12 else 1.02
+        last = place
+        side = "left" if place < 0.85 else "right"
+        ax.text(
+            place, height, one.name, transform=ax.transAxes, ha=side, va="bottom", fontsize=8, color=QUIET
+        )
 
 
 def _style(ax: "Axes", name: str) -> None:
@@ -125,10 +182,13 @@ def parse_arguments(argv: list[str]) -> tuple[Path, Arguments]:
 def main(argv: list[str]) -> int:
     try:
         png, arguments = parse_arguments(argv)
-        config = load_config(arguments.config, arguments.overrides, arguments.origins)
-        world_size, cuda = planned_hardware(config, arguments.world_size)
-        check(config, world_size, cuda)
-        draw(config, resolve(config, world_size, cuda), png)
+        stages = load_stages(arguments.config, arguments.overrides, arguments.origins)
+        title = stages[0].config.experiment_name.removesuffix(f"/{stages[0].name}")
+        if arguments.stage is not None:
+            stages = (select(stages, arguments.stage),)
+        world_size, cuda = planned_processes(stages, arguments.world_size)
+        check_stages(stages, world_size, cuda)
+        draw(title, *segments(stages, world_size, cuda), png)
     except MegadsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -52,6 +52,24 @@ def _accumulate_in_buffers(chunk: torch.nn.Module) -> None:
             module.gradient_accumulation_fusion = True
 
 
+def release_data_parallel(chunks: list[DistributedDataParallel]) -> None:
+    """Free weights, gradients and what holds the optimizer; the chunks cannot be used any more.
+
+    Their hooks on autograd's accumulation nodes refer to them, and they to the nodes: a circle through C++
+    that Python's collector does not see. So the modules may stay, and must not hold tensors.
+    """
+    for chunk in chunks:
+        transformer = get_model_config(chunk.module)
+        transformer.finalize_model_grads_func = transformer.no_sync_func = transformer.grad_scale_func = None
+        for held in (
+            chunk.grad_accs, chunk.buffers, chunk.expert_parallel_buffers, chunk.bucket_groups,
+            chunk.expert_parallel_bucket_groups, chunk.param_to_bucket_group,
+        ):  # fmt: skip
+            held.clear()
+        for parameter in chunk.parameters():
+            parameter.data, parameter.grad, parameter.main_grad = parameter.data.new_empty(0), None, None
+
+
 def build_optimizer(
     config: Config, resolved: Resolved, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:

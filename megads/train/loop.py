@@ -23,6 +23,7 @@ from megads.data.blend import build_datasets
 from megads.data.loader import Loader, build_loader
 from megads.data.sources import sample_counts
 from megads.errors import RunStopped, TrainingError
+from megads.optim.build import release_data_parallel
 from megads.train.average import ParameterAverage
 from megads.train.contents import Contents
 from megads.train.evaluate import Validation
@@ -50,7 +51,11 @@ def train(config: Config, resolved: Resolved) -> bool:
         keep_best=config.checkpointing.keep_best,
         async_save=config.checkpointing.async_save,
     ) as store:
-        return Run(config, resolved, store).to_the_end()
+        run = Run(config, resolved, store)
+        try:
+            return run.to_the_end()
+        finally:
+            release_data_parallel(run.step.chunks)
 
 
 @dataclass
