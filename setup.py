@@ -27,6 +27,7 @@ setup(
         "safetensors",
         "orjson",
         "msgspec",
+        "jinja2",
         "isal",
         "zstandard",
         "fsspec",

@@ -61,7 +61,7 @@ def conversations() -> Iterator[dict[str, object]]:
                 }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines")
     parser.add_argument(
@@ -70,6 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error("--count must be at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     found = list(conversations())
     step = max(1, len(found) // options.count)  # from all modules, however few are wanted
     chosen = found[::step][: options.count]

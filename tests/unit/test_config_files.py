@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # (configuration, processes, parameters without MTP; None: as published, see test_flops.py)
 SHIPPED = [
     ("debug", 1, 5.7e6),
+    ("sft_debug", 2, 5.7e6),
     ("train_config_tiny", 1, 100e6),
     ("train_config_small", 4, 1e9),
     ("demo", 2, 5.7e6),
@@ -48,7 +49,7 @@ def test_no_configuration_is_forgotten() -> None:
 @pytest.mark.parametrize(("name", "world_size", "parameters"), SHIPPED)
 def test_it_is_sound_and_of_its_size(name: str, world_size: int, parameters: float) -> None:
     config = load_config(CONFIGS / f"{name}.json")
-    cuda = name != "debug"
+    cuda = name not in ("debug", "sft_debug")
     check(config, world_size, cuda)
     assert notes(config) == []
     assert count_parameters(config).total == pytest.approx(parameters, rel=0.07)
@@ -66,7 +67,7 @@ def test_stages_are_sound(name: str, world_size: int) -> None:
     assert [notes(stage.config) for stage in stages] == [[]] * len(stages)
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _, _ in SHIPPED} - {"debug", "demo"}))
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in SHIPPED} - {"debug", "sft_debug", "demo"}))
 def test_it_blends_the_thirteen_sources(name: str) -> None:
     sources = load_config(CONFIGS / f"{name}.json").data.sources
     assert {source.subset for source in sources} == SUBSETS
