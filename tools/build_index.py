@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not installed
 
+from megads.command_line import run_tool  # noqa: E402
 from megads.config.flags import Arguments, parse_flags  # noqa: E402
 from megads.config.loader import load_config  # noqa: E402
 from megads.config.resolve import planned_hardware, resolve  # noqa: E402
@@ -26,7 +27,6 @@ from megads.config.validate import check  # noqa: E402
 from megads.data.index_cache import index_directory  # noqa: E402
 from megads.data.mix_table import mix_table, repetition_warnings  # noqa: E402
 from megads.data.sources import build_index, plan_corpus, sample_counts  # noqa: E402
-from megads.errors import MegadsError  # noqa: E402
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -40,24 +40,23 @@ def main(argv: list[str]) -> int:
         print(__doc__)
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    return run_tool(lambda: run(argv))
+
+
+def run(argv: list[str]) -> None:
     started = time.monotonic()
-    try:
-        arguments = parse_arguments(argv)
-        config = load_config(arguments.config, arguments.overrides, arguments.origins)
-        processes, cuda = planned_hardware(config, arguments.world_size)
-        check(config, processes, cuda)
-        corpus = plan_corpus(config, sample_counts(config, resolve(config, processes, cuda)))
-        print(mix_table(config, corpus))
-        for warning in repetition_warnings(config, corpus):
-            print(f"warning: {warning}")
-        if not arguments.dry_run:
-            made = build_index(corpus, min(config.data.preprocessing.num_workers, os.cpu_count() or 1))
-            seconds = time.monotonic() - started
-            print(f"index: {made:,} files made, {seconds:.1f} s, in {index_directory(corpus.cache_dir)}")
-    except MegadsError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    arguments = parse_arguments(argv)
+    config = load_config(arguments.config, arguments.overrides, arguments.origins)
+    processes, cuda = planned_hardware(config, arguments.world_size)
+    check(config, processes, cuda)
+    corpus = plan_corpus(config, sample_counts(config, resolve(config, processes, cuda)))
+    print(mix_table(config, corpus))
+    for warning in repetition_warnings(config, corpus):
+        print(f"warning: {warning}")
+    if not arguments.dry_run:
+        made = build_index(corpus, min(config.data.preprocessing.num_workers, os.cpu_count() or 1))
+        seconds = time.monotonic() - started
+        print(f"index: {made:,} files made, {seconds:.1f} s, in {index_directory(corpus.cache_dir)}")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ the same arguments. The result does not depend on the number of workers.
 import argparse
 import hashlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megads.command_line import run_tool
 from megads.data.cleaning.decontaminate import EvaluationIndex
 from megads.data.cleaning.near import NearSettings, candidate_probability
 from megads.data.cleaning.quality import RULE_SETS
@@ -27,7 +27,7 @@ from megads.data.cleaning.run import Progress, clean
 from megads.data.cleaning.scan import CleaningSettings
 from megads.data.documents import MAX_LINE_BYTES
 from megads.data.inputs import InputShard, find_inputs, find_shards, find_sources, shards_of_manifest
-from megads.errors import DataError, MegadsError
+from megads.errors import DataError
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -237,17 +237,8 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    # A scheduler's SIGTERM ends the run as an error would; what is finished is kept.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        run(options)
-    except MegadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues where it was", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "interrupted; the same command continues where it was"
+    return run_tool(lambda: run(options), interrupted=interrupted, cleans_up=True)
 
 
 if __name__ == "__main__":

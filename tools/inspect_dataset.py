@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from megads.command_line import run_tool
 from megads.data.inspect import Collection, Piece, Place, source_of
 from megads.data.stored import find_datasets
 from megads.data.tokenizer import load_tokenizer
-from megads.errors import MegadsError
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -133,14 +133,7 @@ def mark(text: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-    try:
-        run(options)
-    except MegadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_tool(lambda: run(options))
 
 
 if __name__ == "__main__":

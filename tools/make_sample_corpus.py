@@ -23,8 +23,9 @@ from pathlib import Path
 
 import orjson
 
+from megads.command_line import run_tool
 from megads.data.indexed import publish_file
-from megads.errors import DataError, MegadsError
+from megads.errors import DataError
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
@@ -301,15 +302,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        made = make_corpus(options.output, options.mb, options.seed, overwrite=options.overwrite)
-    except MegadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_tool(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    made = make_corpus(options.output, options.mb, options.seed, overwrite=options.overwrite)
     for source, documents, text_bytes in made:
         print(f"{source:<10} {documents:>7,} documents {text_bytes / 1e6:>7.2f} MB")
     print(f"{len(made)} sources in {options.output}")
-    return 0
 
 
 if __name__ == "__main__":

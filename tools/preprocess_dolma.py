@@ -24,7 +24,6 @@ tokenizer's chat template; training then learns the answers alone.
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from megads.command_line import run_tool
 from megads.data.chat_template import DEFAULT, ChatFormat, load_chat_format
 from megads.data.inputs import (
     InputShard,
@@ -49,7 +49,7 @@ from megads.data.selection import describe
 from megads.data.shards import Shard
 from megads.data.tokenizer import load_tokenizer
 from megads.data.work_division import array_task, check_prefixes, divide
-from megads.errors import DataError, MegadsError
+from megads.errors import DataError
 from megads.log import setup_logging, terminal_console
 
 logger = logging.getLogger("megads.preprocess")
@@ -139,18 +139,12 @@ def _check_choices(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    # A scheduler's SIGTERM ends the run as an error would: temporary files and workers go too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     setup_logging(stream=sys.stderr)
-    try:
-        run(options)
-    except MegadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; finished shards stay, the same command goes on with the rest", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool(
+        lambda: run(options),
+        interrupted="interrupted; finished shards stay, the same command goes on with the rest",
+        cleans_up=True,
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ def report(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return run_tool(lambda: report(options))
+    return run_tool(lambda: report(options), cleans_up=True)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from megads.command_line import run_tool
 from megads.data.inputs import find_inputs
 from megads.data.tokenizer import load_tokenizer
 from megads.data.tokenizer_training import sample_texts, train_sentencepiece
-from megads.errors import DataError, MegadsError
+from megads.errors import DataError
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,12 +67,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        train(parse_arguments(arguments))
-    except MegadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    options = parse_arguments(arguments)
+    return run_tool(lambda: train(options))
 
 
 if __name__ == "__main__":

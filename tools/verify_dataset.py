@@ -11,10 +11,11 @@ import os
 import sys
 from pathlib import Path
 
+from megads.command_line import run_tool
 from megads.data.cleaning.parallel import Workers
 from megads.data.stored import find_datasets
 from megads.data.verify import Verification, VerifySettings, check_together, one_line, verify_dataset
-from megads.errors import DataError, MegadsError
+from megads.errors import DataError
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -73,13 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        return 1 if run(options) else 0
-    except MegadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    return run_tool(lambda: 1 if run(options) else 0)
 
 
 if __name__ == "__main__":
