@@ -87,6 +87,17 @@ def faulty_run(
     return {"state": run.state.to_dict(), "finite": finite, "error": error}
 
 
+def run_faulty(
+    config: Path, faults: dict[int, tuple[str, int]], settings: dict[str, Any], *, processes: int = 1,
+    once: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What `faulty_run` gives, by rank."""
+    return run_distributed(
+        processes, faulty_run, timeout_seconds=180, config_path=config, settings=settings, faults=faults,
+        once=once,
+    )  # fmt: skip
+
+
 def events(output: Path, name: str) -> list[dict[str, Any]]:
     return [record for record in records(output, "event") if record["event"] == name]
 
@@ -99,9 +110,7 @@ def test_a_hundred_poisoned_gradients_poison_nothing(config: Path) -> None:
         "training.train_steps": 220, "training.stability.max_skipped_steps": 50,
         "training.save_interval": 100, "training.log_interval": 10,
     }  # fmt: skip
-    ranks = run_distributed(
-        2, faulty_run, timeout_seconds=180, config_path=config, settings=settings, faults=faults
-    )
+    ranks = run_faulty(config, faults, settings, processes=2)
     for rank in ranks:
         assert rank["finite"]
         assert not rank["error"]
@@ -113,9 +122,7 @@ def test_a_hundred_poisoned_gradients_poison_nothing(config: Path) -> None:
 def test_poisoned_gradients_in_a_row_end_the_run(config: Path) -> None:
     faults = dict.fromkeys(range(3, 9), ("nan", 0))
     settings = {"training.stability.max_skipped_steps": 4}
-    [found] = run_distributed(
-        1, faulty_run, timeout_seconds=120, config_path=config, settings=settings, faults=faults
-    )
+    [found] = run_faulty(config, faults, settings)
     assert "4 steps in a row, up to step 6, had gradients that are not finite" in found["error"]
     assert found["finite"]
 
@@ -126,9 +133,7 @@ def test_bad_batches_are_left_out(config: Path) -> None:
         "training.train_steps": 60, "training.stability.spike_policy": "skip",
         "training.learning_rate": 1e-2,
     }  # fmt: skip
-    ranks = run_distributed(
-        2, faulty_run, timeout_seconds=120, config_path=config, settings=settings, faults=faults
-    )
+    ranks = run_faulty(config, faults, settings, processes=2)
     output = config.parent / "run"
     left_out = {event["step"] for event in events(output, "spike")}
     assert faults.keys() <= left_out
@@ -145,14 +150,7 @@ def test_a_lasting_spike_goes_back_and_past_its_data(config: Path, processes: in
         "training.train_steps": 60, "training.stability.spike_policy": "rollback",
         "training.learning_rate": 1e-2,
     }  # fmt: skip
-    ranks = run_distributed(
-        processes,
-        faulty_run,
-        timeout_seconds=120,
-        config_path=config,
-        settings=settings,
-        faults={34: ("weights", 0)},
-    )
+    ranks = run_faulty(config, {34: ("weights", 0)}, settings, processes=processes)
     output = config.parent / "run"
     [rollback] = events(output, "rollback")
     assert (rollback["step"], rollback["from_step"], rollback["first_bad_step"]) == (30, 36, 34)
@@ -174,26 +172,10 @@ def test_it_does_not_go_back_for_ever(config: Path) -> None:
         "training.train_steps": 60, "training.stability.spike_policy": "rollback",
         "training.stability.max_rollbacks": 2, "training.learning_rate": 1e-2,
     }  # fmt: skip
-    [found] = run_distributed(
-        1,
-        faulty_run,
-        timeout_seconds=120,
-        config_path=config,
-        settings=settings,
-        faults={34: ("weights", 0)},
-        once=False,
-    )
+    [found] = run_faulty(config, {34: ("weights", 0)}, settings, once=False)
     assert "has gone back 2 times already" in found["error"]
     # Restarted, it still knows.
-    [again] = run_distributed(
-        1,
-        faulty_run,
-        timeout_seconds=120,
-        config_path=config,
-        settings=settings,
-        faults={34: ("weights", 0)},
-        once=False,
-    )
+    [again] = run_faulty(config, {34: ("weights", 0)}, settings, once=False)
     assert "has gone back 2 times already" in again["error"]
     assert again["state"]["lr_factor"] == 0.25
 
@@ -203,8 +185,5 @@ def test_a_spike_before_the_first_checkpoint_is_an_error(config: Path) -> None:
         "training.train_steps": 60, "training.stability.spike_policy": "rollback",
         "training.save_interval": 0, "training.learning_rate": 1e-2,
     }  # fmt: skip
-    [found] = run_distributed(
-        1, faulty_run, timeout_seconds=120, config_path=config, settings=settings,
-        faults={34: ("weights", 0)},
-    )  # fmt: skip
+    [found] = run_faulty(config, {34: ("weights", 0)}, settings)
     assert "no checkpoint is older than that" in found["error"]
