@@ -23,7 +23,9 @@ def start(tool: str, *arguments: object, **options: object) -> "subprocess.Popen
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options,  # type: ignore[call-overload]
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        # A shell's background jobs ignore Ctrl-C, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options,  # type: ignore[call-overload]
     )  # fmt: skip
 
 
@@ -252,8 +254,9 @@ def test_a_stop_leaves_nothing(tokenizer: Path, tmp_path: Path, workers: int, st
                 writer.write(b'{"text": "' + b"some text " * 3000 + b'"}\n')
         assert len(list((tmp_path / "out" / "d").glob(".*.bin*"))) == workers
         process.send_signal(stop)
+        deadline = time.monotonic() + 60.0
         with contextlib.suppress(BrokenPipeError):
-            while process.poll() is None:
+            while process.poll() is None and time.monotonic() < deadline:
                 for writer in writers:
                     writer.write(b'{"text": "more"}\n' * 100)
         assert process.wait(timeout=30) == 128 + stop
