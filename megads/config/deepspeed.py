@@ -1,8 +1,9 @@
 """DeepSpeed's settings in Megatron-Core's terms: an enabled block must say the same as the rest.
 
 The values of `distributed.deepspeed` (and of the JSON file it names) are compared with the settings
-that act here; a contradiction, an unknown key and a feature without a counterpart are problems. What
-only tunes DeepSpeed's own buffers has no meaning under Megatron-Core and is reported as a note.
+that act here; a contradiction, an unknown key and a feature without a counterpart are problems, each with
+the setting that is nearest. What only tunes DeepSpeed's own buffers has no meaning under Megatron-Core and
+is reported as a note. Names: https://www.deepspeed.ai/docs/config-json/.
 """
 
 from difflib import get_close_matches
@@ -15,21 +16,37 @@ from megads.errors import ConfigError
 
 BLOCK = "distributed.deepspeed"
 
-# DeepSpeed's keys that we compare, and those that only tune its buffers and communication.
-_COMPARED = {
-    "fp16.enabled", "bf16.enabled", "zero_optimization.stage", "zero_optimization.overlap_comm",
-    "zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device",
-    "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-}  # fmt: skip
+# DeepSpeed's keys that only tune its buffers and communication.
 _TUNING = {
     "zero_optimization.contiguous_gradients", "zero_optimization.reduce_bucket_size",
     "zero_optimization.allgather_bucket_size", "zero_optimization.reduce_scatter",
     "zero_optimization.allgather_partitions", "zero_optimization.round_robin_gradients",
     "zero_optimization.offload_optimizer.pin_memory", "zero_optimization.offload_param.pin_memory",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients",
+    "gradient_predivide_factor", "communication_data_type", "optimizer.params.torch_adam",
     "fp16.loss_scale", "fp16.loss_scale_window", "fp16.initial_scale_power", "fp16.hysteresis",
-    "fp16.min_loss_scale", "steps_per_print", "wall_clock_breakdown",
+    "fp16.min_loss_scale", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
 }  # fmt: skip
+# Features that are something else here, by the first words of their keys.
+_NEAREST = {
+    "scheduler": "the schedule is training.lr_decay_style, learning_rate, min_learning_rate, lr_warmup_steps",
+    "optimizer": "the optimizer is training.optimizer, with learning_rate, weight_decay and adam_*",
+    "amp": "training.use_bf16 = true is mixed precision",
+    "zero_optimization.stage3": "ZeRO-3 is not there; more tensor, pipeline or expert parallelism divides "
+    "weights",
+    "zero_optimization.offload": "distributed.zero_stage = 1 spreads optimizer state over the ranks",
+    "activation_checkpointing": "training.gradient_checkpointing recomputes activations",
+    "flops_profiler": "logging.profile traces steps, and metrics.jsonl has FLOPs and MFU",
+    "tensorboard": "logging.tensorboard writes event files",
+    "wandb": "logging.wandb",
+    "csv_monitor": "metrics.jsonl has every metric",
+    "curriculum_learning": "training.seq_length_phases is a curriculum of sequence lengths",
+    "data_efficiency": "training.seq_length_phases and data.phases change data over the run",
+    "elasticity": "a checkpoint loads in any layout: start again with another number of processes",
+    "sparse_attention": "model.mla.sliding_window limits attention",
+    "checkpoint": "the settings of checkpointing",
+    "aio": "nothing is offloaded to disks; distributed.zero_stage = 1 spreads optimizer state over the ranks",
+}
 
 
 def deepspeed_problems(config: Config, accumulation_steps: int | None) -> tuple[list[str], list[str]]:
@@ -40,41 +57,72 @@ def deepspeed_problems(config: Config, accumulation_steps: int | None) -> tuple[
         given = _given(config)
     except ConfigError as error:
         return [str(error)], []
-    expected = _expected(config, accumulation_steps)
+    counterparts = _counterparts(config, accumulation_steps)
     problems = []
     for key, (value, where) in given.items():
-        if key in expected and value != "auto" and value != expected[key][0]:
-            ours, name = expected[key]
-            problems.append(f"{where}.{key} is {value!r}, but {name} is {ours!r}: make them agree")
-        elif key not in _COMPARED | _TUNING:
-            close = get_close_matches(key, sorted(_COMPARED | _TUNING), 1)
-            hint = f"did you mean {close[0]}?" if close else "remove it, Megatron-Core has nothing like it"
-            problems.append(f"{where}.{key}: not a DeepSpeed setting that can act here; {hint}")
+        if key in counterparts:
+            name, ours = counterparts[key]
+            if ours is not None and value != "auto" and _comparable(value) != ours:
+                problems.append(f"{where}.{key} is {value!r}, but {name} is {ours!r}: make them agree")
+        elif key not in _TUNING:
+            problems.append(
+                f"{where}.{key}: not a DeepSpeed setting that can act here; {_hint(key, counterparts)}"
+            )
     tuning = [key for key in given if key in _TUNING]
     notes = [f"{BLOCK}: {', '.join(tuning)} tune DeepSpeed's own code; Megatron-Core has its own rules"]
     return problems, notes if tuning else []
 
 
-def _expected(config: Config, accumulation_steps: int | None) -> dict[str, tuple[Any, str]]:
-    """What each compared key must be: (value, the setting of ours that says so)."""
+def deepspeed_table(config: Config) -> list[str]:
+    """What each setting of an enabled block is here, a line each. Raises ConfigError for a bad file."""
+    if not config.distributed.deepspeed.enabled:
+        return []
+    counterparts = _counterparts(config, None)
+    return [
+        f"{key} = {value!r}: "
+        + (counterparts[key][0] if key in counterparts else "no counterpart, tunes DeepSpeed's own code")
+        for key, (value, _) in _given(config).items()
+    ]
+
+
+def _hint(key: str, counterparts: dict[str, tuple[str, Any]]) -> str:
+    nearest = next((words for start, words in _NEAREST.items() if key.startswith(start)), None)
+    if close := get_close_matches(key, sorted(counterparts.keys() | _TUNING), 1, 0.85 if nearest else 0.6):
+        return f"did you mean {close[0]}?"
+    return f"remove it: {nearest}" if nearest else "remove it, Megatron-Core has nothing like it"
+
+
+def _comparable(value: Any) -> Any:
+    """Names of optimizers are compared without case."""
+    return value.lower() if isinstance(value, str) else value
+
+
+def _counterparts(config: Config, accumulation_steps: int | None) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed's key to (the setting of ours that says so, its value; None: not known yet)."""
     training, distributed = config.training, config.distributed
-    offload = "cpu" if distributed.zero_offload else "none"
     overlap = distributed.overlap_grad_reduce
-    expected = {
-        "fp16.enabled": (training.use_fp16, "training.use_fp16"),
-        "bf16.enabled": (training.use_bf16, "training.use_bf16"),
-        "zero_optimization.stage": (distributed.zero_stage, "distributed.zero_stage"),
-        "zero_optimization.overlap_comm": (overlap, "distributed.overlap_grad_reduce"),
-        "zero_optimization.offload_optimizer.device": (offload, "distributed.zero_offload"),
-        "zero_optimization.offload_param.device": ("none", "parameter offload (not offered)"),
-        "gradient_clipping": (training.grad_clip, "training.grad_clip"),
-        "train_batch_size": (training.global_batch_size, "training.global_batch_size"),
-        "train_micro_batch_size_per_gpu": (training.micro_batch_size, "training.micro_batch_size"),
-    }
-    if accumulation_steps is not None:
-        why = "what global_batch_size / (micro_batch_size x data parallelism) gives"
-        expected["gradient_accumulation_steps"] = (accumulation_steps, why)
-    return expected
+    betas = [training.adam_beta1, training.adam_beta2]
+    return {
+        "fp16.enabled": ("training.use_fp16", training.use_fp16),
+        "bf16.enabled": ("training.use_bf16", training.use_bf16),
+        "zero_optimization.stage": ("distributed.zero_stage", distributed.zero_stage),
+        "zero_optimization.overlap_comm": ("distributed.overlap_grad_reduce", overlap),
+        "zero_optimization.offload_optimizer.device": (
+            "distributed.zero_offload", "cpu" if distributed.zero_offload else "none",
+        ),
+        "zero_optimization.offload_param.device": ("parameter offload (not offered)", "none"),
+        "gradient_clipping": ("training.grad_clip", training.grad_clip),
+        "train_batch_size": ("training.global_batch_size", training.global_batch_size),
+        "train_micro_batch_size_per_gpu": ("training.micro_batch_size", training.micro_batch_size),
+        "gradient_accumulation_steps": (
+            "what global_batch_size / (micro_batch_size x data parallelism) gives", accumulation_steps,
+        ),
+        "optimizer.type": ("training.optimizer", training.optimizer),
+        "optimizer.params.lr": ("training.learning_rate", training.learning_rate),
+        "optimizer.params.weight_decay": ("training.weight_decay", training.weight_decay),
+        "optimizer.params.betas": ("training.adam_beta1 and adam_beta2", betas),
+        "optimizer.params.eps": ("training.adam_eps", training.adam_eps),
+    }  # fmt: skip
 
 
 def _given(config: Config) -> dict[str, tuple[Any, str]]:

@@ -514,28 +514,43 @@ class Data(Section):
 
 
 class Slurm(Section):
-    """The guide's SLURM block."""
+    """The guide's SLURM block, and what a job does about its time limit (tools/run_training.py)."""
 
     enabled: bool = setting(False, "launch through SLURM")
     partition: str = setting("gpu", "partition")
     nodes: int = setting(1, "nodes", gt=0)
-    ntasks_per_node: int = setting(1, "tasks per node", gt=0)
-    gpus_per_node: int = setting(1, "GPUs per node", ge=0)
-    cpus_per_task: int = setting(8, "CPUs per task", gt=0)
-    time: str = setting("24:00:00", "time limit")
-    mem: str = setting("64G", "memory per node")
+    ntasks_per_node: int = setting(
+        1,
+        "tasks per node that resources are asked for; processes: one per GPU, without GPUs one per task",
+        gt=0,
+    )
+    gpus_per_node: int = setting(1, "GPUs per node, each with a process", ge=0)
+    cpus_per_task: int = setting(8, "CPUs per task; the processes of a node share those of its tasks", gt=0)
+    time: str = setting("24:00:00", "time limit, as sbatch takes it")
+    mem: str = setting("64G", "memory per node; 0: all of it")
     job_name: str = setting("deepseek_v3_train", "job name")
     output: str = setting("logs/slurm-%j.out", "stdout path")
     error: str = setting("logs/slurm-%j.err", "stderr path")
     account: str | None = setting(None, "account")
     qos: str | None = setting(None, "quality of service")
-    extra_args: tuple[str, ...] = setting((), "further #SBATCH arguments")
+    extra_args: tuple[str, ...] = setting((), 'further #SBATCH arguments: "--constraint=h100"')
+    signal_seconds: int = setting(
+        300, "the run is told to save and stop this long before the time limit", unit="seconds", gt=0
+    )
+    requeue: bool = setting(True, "a job that ends before the run does goes back into the queue and resumes")
+    max_tries_without_progress: int = setting(
+        3, "a job that ends this often in a row without a new checkpoint is given up", unit="tries", gt=0
+    )
+    container_image: str | None = setting(
+        None, "image that the processes run in, through pyxis", flags=("--container-image",)
+    )
+    container_mounts: tuple[str, ...] = setting((), 'mounts of the container: "/data:/data"')
 
 
 class DeepSpeed(Section):
     """DeepSpeed's own settings; where enabled, they must agree with the rest (see `config.deepspeed`)."""
 
-    enabled: bool = setting(False, "launch through DeepSpeed's launcher")
+    enabled: bool = setting(False, "compare the settings of this block and its file with the rest")
     config_file: str | None = setting(None, "DeepSpeed JSON")
     fp16: dict[str, Any] = setting({}, "as DeepSpeed's")
     bf16: dict[str, Any] = setting({}, "as DeepSpeed's")
@@ -553,7 +568,9 @@ class Distributed(Section):
         "auto (and deepspeed, the guide's name): nccl on CUDA, gloo on CPU",
         flags=("--distributed-backend",),
     )
-    launcher: Literal["torchrun", "slurm", "deepspeed"] = setting("torchrun", "launcher")
+    launcher: Literal["torchrun", "slurm", "deepspeed"] = setting(
+        "torchrun", "what tools/run_training.py starts the processes with"
+    )
     tensor_parallel_size: int = setting(
         1, "tensor parallelism (TP)", flags=("--tensor-model-parallel-size",), gt=0
     )

@@ -28,7 +28,6 @@ PASSIVE = {
 }
 
 REFUSED = "refused unless at its default (config/not_yet.py or config/validate*.py)"
-LAUNCHER = "for the launcher, which does not exist yet; inert where its block is not enabled"
 RECORD = "for the record: printed at start and saved with every checkpoint"
 ALLOWED = {
     "model.mla.num_kv_heads": REFUSED,
@@ -47,14 +46,6 @@ ALLOWED = {
     "data.preprocessing.shuffle": REFUSED,
     "checkpointing.save_scheduler": REFUSED,
     "distributed.backend": REFUSED + "; resolve derives it from the device",
-    "distributed.launcher": LAUNCHER,
-    **{
-        f"distributed.slurm.{name}": LAUNCHER
-        for name in (
-            "partition", "ntasks_per_node", "cpus_per_task", "mem", "job_name", "output", "error",
-            "account", "qos", "extra_args",
-        )
-    },
     **{
         f"distributed.deepspeed.{name}": "compared with our own settings as a whole (config/deepspeed.py)"
         for name in ("fp16", "bf16", "zero_optimization", "gradient_accumulation_steps", "gradient_clipping")

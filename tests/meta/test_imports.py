@@ -1,9 +1,9 @@
 """Who may import whom, by walking the imports of every file, those inside functions included.
 
-`errors, log, command_line` < `config` < `mcore | report | plan` < `model | data | optim` < `checkpoint` <
-`train` < scripts. A file may import what is below it and its own package; `model`, `data` and `optim` do not
-know each other, nor do `mcore`, `report` and `plan`. `config`, `report` and `plan` run on a login node: no
-torch. `megatron` is for the files that are made to know it.
+`errors, log, command_line` < `config` < `mcore | report | plan | launch` < `model | data | optim` <
+`checkpoint` < `train` < scripts. A file may import what is below it and its own package; `model`, `data` and
+`optim` do not know each other, nor do `mcore`, `report`, `plan` and `launch`. `config`, `report`, `plan` and
+`launch` run on a login node: no torch. `megatron` is for the files that are made to know it.
 """
 
 import ast
@@ -14,14 +14,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (
-    ("errors", "log", "command_line"), ("config",), ("mcore", "report", "plan"), ("model", "data", "optim"),
-    ("checkpoint",), ("train",),
+    ("errors", "log", "command_line"), ("config",), ("mcore", "report", "plan", "launch"),
+    ("model", "data", "optim"), ("checkpoint",), ("train",),
 )  # fmt: skip
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
 KNOW_MEGATRON = ("mcore", "model", "data", "optim", "checkpoint")
 RUNS_A_STEP = "megads/train/step.py"
 HEAVY = {"torch", "megatron", "transformers", "numpy", "matplotlib", "tensorboard"}
-HEAVY_FOR = {"report": HEAVY - {"numpy"}, "plan": HEAVY - {"matplotlib"}}
+HEAVY_FOR = {"report": HEAVY - {"numpy"}, "plan": HEAVY - {"matplotlib"}, "launch": HEAVY}
 
 
 def code() -> list[Path]:
