@@ -9,7 +9,7 @@ as fast as sentencepiece, the references. What it takes to get the very same ids
   to one and unassigned to the other. Texts with such characters are reported, to be encoded by the
   reference (see `unicode_gaps`).
 - Its memory of words has no bound. The engine is made anew when it has grown by `CACHE_BYTES`, and long
-  texts are handed over in parts, cut where the tokenizer cuts anyway.
+  texts are handed over in parts, cut where the tokenizer cuts anyway, or in a long word (see `long_words`).
 
 That the ids are equal is not taken on trust: `TwoEngineTokenizer.use_exact_engine` compares them.
 """
@@ -25,6 +25,7 @@ import psutil
 import tokenizers
 from numpy.typing import NDArray
 
+from megads.data.long_words import LongWords
 from megads.data.unicode_gaps import contains_any, unknown_characters
 
 # The process may grow by this much before the engine is made anew. 200 MB of prose, code and tables make it
@@ -122,9 +123,13 @@ class GigatokenEngine:
     def _encode_long(self, text: str) -> NDArray[np.int32]:
         pieces = []
         for part in self._parts(text):
-            pieces.append(self._model.encode(part))
-            self._bound_memory(len(part))
+            pieces.append(self._encode_part(part))
         return _joined(pieces)
+
+    def _encode_part(self, part: str) -> NDArray[np.uint32]:
+        ids: NDArray[np.uint32] = self._model.encode(part)
+        self._bound_memory(len(part))
+        return ids
 
     def _doubtful(self, texts: Sequence[str], ids: NDArray[Any], offsets: NDArray[np.int64]) -> list[int]:
         """Which texts need the reference."""
@@ -162,6 +167,10 @@ class ByteLevelEngine(GigatokenEngine):
         self._unknown = unknown_characters(composed=has_normalizer)
         self._suspicious = None if has_normalizer else _suspicious_tokens(spec, self._unknown)
         self._cut_at_lines = _lines_stand_alone(spec)
+        self._long_words = LongWords(spec)
+
+    def _encode_part(self, part: str) -> NDArray[np.uint32]:
+        return self._long_words.encode(part, super()._encode_part)
 
     def _doubtful(self, texts: Sequence[str], ids: NDArray[Any], offsets: NDArray[np.int64]) -> list[int]:
         """Texts with characters unknown to the reference.

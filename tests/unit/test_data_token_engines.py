@@ -6,7 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,14 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from megads.data import token_engines
-from megads.data.token_engines import GigatokenEngine, SentencePieceEngine, why_not_gigatoken
+from megads.data import long_words, token_engines
+from megads.data.long_words import LongWords
+from megads.data.token_engines import (
+    ByteLevelEngine,
+    GigatokenEngine,
+    SentencePieceEngine,
+    why_not_gigatoken,
+)
 from megads.data.tokenizer_huggingface import HuggingFaceTokenizer
 from megads.data.tokenizer_sentencepiece import SentencePieceTokenizer
 from megads.data.tokenizer_training import train_sentencepiece
@@ -287,6 +293,54 @@ def test_long_texts_in_parts_give_the_same_ids(
             patch.setattr(token_engines, "PART_CHARACTERS", 40)
             assert sum(1 for text in batch for _ in engine._parts(text)) > 10 * len(batch)
             assert as_lists(engine.encode(batch)) == whole
+
+
+def test_long_words_in_windows_give_the_same_ids(
+    deepseek: Path, neox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(3)
+    monkeypatch.setattr(long_words, "WINDOW_CHARACTERS", 512)
+    monkeypatch.setattr(long_words, "OVERLAP_BYTES", 128)
+
+    def run(alphabet: Sequence[str]) -> str:
+        return "".join(rng.choices(alphabet, k=rng.randrange(1000, 5000)))
+
+    alphabets = ("abcdefgh", ["the", "ing", "self", "Z"], "a", "=-*", "=", " ", "\n", "中文的是", "中")
+    around = ("", " ", "/", "é", "1", "self.", "\n", "，", "\u0301", "_x")
+    batch = ["".join(rng.choice(around) + run(rng.choice(alphabets)) for _ in range(3)) for _ in range(150)]
+    for path in (deepseek, neox):
+        engine = engine_of(path)
+        assert isinstance(engine, ByteLevelEngine)
+        windows: list[str] = []
+
+        def encode(text: str, engine: GigatokenEngine = engine, seen: list[str] = windows) -> NDArray[Any]:
+            seen.append(text)
+            return np.asarray(engine._model.encode(text))
+
+        for text in batch:
+            whole = engine._model.encode(text)
+            assert engine._long_words.encode(text, encode).tolist() == whole.tolist()
+        assert sum(map(len, windows)) < 2 * sum(map(len, batch)), "hardly any was encoded whole after all"
+        assert len(windows) > 5 * len(batch)
+
+
+def test_words_that_depend_on_what_is_around_are_not_cut(neox: Path) -> None:
+    def kinds(edit: Callable[[dict[str, Any]], object]) -> str:
+        return LongWords(edited(neox, edit))._run.pattern
+
+    def by_case(spec: dict[str, Any]) -> None:
+        pattern = {
+            "type": "Split",
+            "pattern": {"Regex": r"\p{Lu}?\p{Ll}+"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, last]}
+
+    assert "[A-Za-z]" in kinds(lambda spec: None)
+    assert "[A-Za-z]" not in kinds(by_case)
+    assert " {" not in kinds(lambda spec: None), "runs of spaces are added tokens there"
 
 
 def test_no_parts_where_a_line_does_not_start_a_word(deepseek: Path, neox: Path, tmp_path: Path) -> None:
