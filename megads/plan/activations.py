@@ -5,7 +5,8 @@ saved-tensor hooks see in real forward passes. Routing is taken to be even: the 
 K / E of all. Left out is what stays below a thousandth: single scalars, counters, offsets.
 
 On CUDA, attention is torch's fused kernel, which keeps its output and the values' whole projection; on
-the CPU it is `model/functional.py`, which keeps contiguous queries, keys and values. With
+the CPU it is `model/functional.py`, which keeps contiguous queries, keys and values, and with a mask torch's
+unfused one, unless queries and values have the same width. With
 `gradient_checkpointing` "selective" Transformer Engine lets norms be recomputed too; a CUDA run is taken
 to have it.
 
@@ -130,39 +131,48 @@ class SavedActivations:
         return saved
 
     def _attention(self, discard_projections: bool) -> int:
-        """Queries, keys, values and the output, for this rank's heads."""
+        """Queries, keys, values and what the kernel keeps besides, for this rank's heads."""
         resolved, shape, mla = self.resolved, self.resolved.shape, self.config.model.mla
-        heads = mla.num_heads // resolved.tp
+        heads, value = mla.num_heads // resolved.tp, shape.v_head_dim
         query = shape.qk_nope_head_dim + shape.qk_rope_head_dim
-        context = self.tokens * heads * shape.v_head_dim
-        projections = (self.tokens + self.keys) * heads * query
-        values = self.keys * heads * shape.v_head_dim
-        window = mla.sliding_window
-        masked = window is not None and window < self.config.training.seq_length
-        masked = masked or self.config.data.document_mask
-        fused = resolved.device == "cuda" or masked or resolved.cp > 1
-        saved = context
-        mask = 0
-        if fused:
-            # The kernel keeps its output, and values as a view of the projection they share with keys.
-            projections += self.keys * heads * (shape.qk_nope_head_dim + shape.v_head_dim)
-            saved += context
-            mask = self.tokens * heads * 4  # logarithms of the softmax's sums, in FP32
-            if masked or resolved.cp > 1:
-                mask += self._mask()
+        queries_and_keys = (self.tokens + self.keys) * heads * query
+        # Keys and values are views of one projection.
+        shared = self.keys * heads * (shape.qk_nope_head_dim + value)
+        context = self.tokens * heads * value  # the input of the output projection
+        if resolved.device == "cpu" and not self._masked:
+            values = self.keys * heads * value  # a copy, which recomputation does not discard
+            discarded, kept, others = queries_and_keys, context + values, 0
+        elif resolved.device == "cpu" and query != value:
+            # torch has no fused kernel here: scaled copies of queries and keys, and probabilities.
+            discarded, kept = shared, queries_and_keys + context
+            others = self._pairs * self.config.training.micro_batch_size * heads * self.element_bytes
         else:
-            saved += values
-        saved += 0 if discard_projections else projections
-        return saved * self.element_bytes + mask
+            # The kernel keeps its output, and logarithms of the softmax's sums in FP32.
+            discarded, kept = queries_and_keys + shared, 2 * context
+            others = self.tokens * heads * 4 + self._mask_bytes
+        numbers = kept if discard_projections else kept + discarded
+        return numbers * self.element_bytes + others
 
-    def _mask(self) -> int:
-        """Who sees whom, as numbers that the kernel adds: [T, K] per sequence or for all of them."""
-        training, cp = self.config.training, self.resolved.cp
-        each = training.seq_length // cp * training.seq_length
-        # A rank's first chunk of queries sees fewer keys; over all ranks they are half of the square.
+    @cached_property
+    def _masked(self) -> bool:
+        """Whether attention is more than causal over one run of queries, and takes a mask."""
+        window, length = self.config.model.mla.sliding_window, self.config.training.seq_length
+        windowed = window is not None and window < length
+        return windowed or self.config.data.document_mask or self.resolved.cp > 1
+
+    @cached_property
+    def _pairs(self) -> int:
+        """(query, key) pairs of one sequence that the kernel is given, on one rank."""
+        length, cp = self.config.training.seq_length, self.resolved.cp
+        # Of a rank's two chunks each sees the keys up to its own end: over all ranks half of the square.
         share = 1.0 if cp == 1 else 0.5 + 0.25 / cp
-        copies = training.micro_batch_size if self.config.data.document_mask else 1
-        return round(each * share) * copies * self.element_bytes
+        return round(length // cp * length * share)
+
+    @cached_property
+    def _mask_bytes(self) -> int:
+        """Numbers that the kernel adds to the scores, per sequence where documents differ."""
+        copies = self.config.training.micro_batch_size if self.config.data.document_mask else 1
+        return self._pairs * copies * self.element_bytes if self._masked else 0
 
     def _dense(self, width: int) -> Parts:
         """A SwiGLU FFN: gate and up, and their product."""
