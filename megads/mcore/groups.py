@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from megads import errors
 from megads.config.resolve import Resolved
-from megads.errors import CheckpointError, EnvironmentSetupError
+from megads.errors import EnvironmentSetupError, MegadsError
 from megads.mcore.compat import check_megatron_version, quiet_megatron
 
 _store: Store | None = None
@@ -100,7 +101,7 @@ def destroy_process_groups() -> None:
 
 
 def decided_by_rank_0(decide: Callable[[], Any], timeout_minutes: float) -> Any:
-    """What `decide` gives on rank 0 (plain data), or its CheckpointError, on every rank.
+    """What `decide` gives on rank 0 (plain data), or the user's mistake that it finds, on every rank.
 
     Needs no process groups; all ranks must ask for the same decisions in the same order.
     """
@@ -110,12 +111,12 @@ def decided_by_rank_0(decide: Callable[[], Any], timeout_minutes: float) -> Any:
     if os.environ["RANK"] == "0":
         try:
             outcome = {"decision": decide()}
-        except CheckpointError as error:
-            outcome = {"error": str(error)}
+        except MegadsError as error:
+            outcome = {"error": str(error), "type": type(error).__name__}
         store.set(key, json.dumps(outcome))
     outcome = json.loads(store.get(key))
     if "error" in outcome:
-        raise CheckpointError(outcome["error"])
+        raise getattr(errors, outcome["type"])(outcome["error"])
     return outcome["decision"]
 
 

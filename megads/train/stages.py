@@ -15,7 +15,8 @@ from megads.config.resolve import Resolved, checkpoint_directory, resolve, run_l
 from megads.config.schema import Config
 from megads.config.stages import Stage
 from megads.config.validate import notes
-from megads.errors import CheckpointError, RunStopped
+from megads.data.sources import plan_corpus, sample_counts
+from megads.errors import CheckpointError, ConfigError, DataError, RunStopped
 from megads.log import setup_logging
 from megads.mcore.groups import (
     decided_by_rank_0,
@@ -33,6 +34,11 @@ def run_stages(stages: Sequence[Stage], world_size: int, cuda: bool, only: str |
     Raises DataError, CheckpointError, TrainingError or RunStopped, on every rank.
     """
     rank, ran = int(os.environ.get("RANK", "0")), False
+    for stage in stages:
+        # A stage whose data are missing is not to be told after days of the one before it.
+        if stage.name and only in (None, stage.name):
+            resolved = resolve(stage.config, world_size, cuda)
+            decided_by_rank_0(partial(_check_data, stage, resolved), stage.config.distributed.timeout_minutes)
     for number, stage in enumerate(stages):
         if only not in (None, stage.name):
             continue
@@ -110,6 +116,17 @@ def _where_to_start(stages: Sequence[Stage], number: int) -> tuple[str, str | No
             f"{checkpoint_directory(before.config)} {found}: run stage {before.name} to its end first"
         )
     return "", str(origin.path)
+
+
+def _check_data(stage: Stage, resolved: Resolved) -> None:
+    """Raises DataError or ConfigError where a stage that is not finished cannot have the data it asks for."""
+    own = _newest(stage)
+    if own is not None and own.step >= _last_step(stage):
+        return
+    try:
+        plan_corpus(stage.config, sample_counts(stage.config, resolved))
+    except (ConfigError, DataError) as error:
+        raise type(error)(f"stage {stage.name}: {error}") from None
 
 
 def _newest(stage: Stage) -> commit.CheckpointInfo | None:

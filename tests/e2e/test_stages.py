@@ -175,6 +175,17 @@ def test_a_stage_by_itself_and_stages_that_do_not_follow(staged: Path, tmp_path:
     assert "stage pretrain is at step 4 of 8, but stage extend after it has checkpoints" in longer
 
 
+def test_data_of_a_later_stage_are_missed_before_the_first_starts(config: Path, tmp_path: Path) -> None:
+    later = {"name": "answers", "data": {"sources": [{"name": "gone", "path": str(tmp_path / "gone")}]}}
+    path = write_json(
+        tmp_path / "stages.json", {"extends": str(config), "stages": [{"name": "first"}, later]}
+    )
+    error = run(path, tmp_path / "run", processes=1)[0]["error"]
+    assert error.startswith("DataError: stage answers: ")
+    assert str(tmp_path / "gone") in error
+    assert not (tmp_path / "run" / "first" / "checkpoints").exists()
+
+
 def test_a_run_from_the_weights_of_another(config: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     average = {"training.average_decay": 0.9, "training.train_steps": 2}
