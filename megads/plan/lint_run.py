@@ -16,9 +16,14 @@ LLM = "DeepSeek LLM, arXiv:2401.02954, section 3.1"
 LEARNING_RATE_FACTORS, BATCH_FACTORS = (2.0, 4.0), (3.0, 10.0)
 
 
+def _continues(run: Run) -> bool:
+    """Whether the run begins with another's weights: rules for training from scratch do not apply."""
+    return run.config.checkpointing.init_from is not None
+
+
 def _warmup(run: Run) -> Iterator[Finding]:
     training, steps = run.config.training, run.resolved.train_steps
-    if training.lr_decay_style == "phases":
+    if training.lr_decay_style == "phases" or _continues(run):
         return
     if training.lr_warmup_steps == 0:
         yield Finding(
@@ -56,6 +61,8 @@ def _far(value: float, law: float, factors: tuple[float, float]) -> tuple[Severi
 
 
 def _laws(run: Run) -> Iterator[Finding]:
+    if _continues(run):
+        return
     advice, training = advise(run.config), run.config.training
     if not USED_FLOPS[0] <= advice.compute_flops <= 10 * USED_FLOPS[1]:
         return  # a run for trying things out: the laws do not reach so far
@@ -85,7 +92,7 @@ def _laws(run: Run) -> Iterator[Finding]:
 def _tokens_per_parameter(run: Run) -> Iterator[Finding]:
     active = count_parameters(run.config).active
     ratio = run.resolved.total_tokens / active
-    if ratio < 10:
+    if ratio < 10 and not _continues(run):
         yield Finding(
             "few-tokens",
             "note",
@@ -112,7 +119,12 @@ def _optimizer(run: Run) -> Iterator[Finding]:
             f"{V3}, section 4.2",
         )
     if training.weight_decay == 0:
-        yield Finding("no-weight-decay", "note", "weight_decay = 0: V3 has 0.1", f"{V3}, section 4.2")
+        yield Finding(
+            "no-weight-decay",
+            "note",
+            "weight_decay = 0: V3 has 0.1",
+            f"{V3}, section 4.2",
+        )
     if run.resolved.precision == "fp16":
         yield Finding(
             "fp16",
