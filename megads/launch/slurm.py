@@ -1,7 +1,7 @@
 """The sbatch script of a configuration: its SLURM block, then the job of `slurm/pretrain.sbatch`.
 
 One process per GPU is one task of `srun`, without torchrun in between: SLURM's signals reach the training
-processes themselves, their exit codes come back, and a failed task ends the others.
+processes themselves, and their exit codes come back.
 """
 
 import os
