@@ -40,7 +40,6 @@ TOKEN_TYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype(np.uint16),
 }
 UINT16_VOCABULARY = 65_500  # Megatron-Core stores vocabularies below this as uint16, others as int32
-MAX_DOCUMENT_TOKENS = 2**31 - 1
 COPY_ITEMS = 1 << 20
 SCORES, LOSS_MASK, QUARANTINE = ".scores.npy", ".loss_mask", ".quarantine.jsonl"
 SIDECARS = (SCORES, LOSS_MASK, QUARANTINE)

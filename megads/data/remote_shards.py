@@ -32,11 +32,6 @@ ANY_VOCABULARY = 2**62
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 
 
-def is_url(path: str) -> bool:
-    """Whether a path is fsspec's business ("s3://bucket/key") and not a mounted file system's."""
-    return "://" in path
-
-
 def fetch_datasets(url: str, cache_dir: str | os.PathLike[str]) -> tuple[str, ...]:
     """Local prefixes of the dataset with the prefix `url`, or of all datasets in the directory `url`, sorted.
 

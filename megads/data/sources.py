@@ -23,10 +23,11 @@ from megads.data.curriculum import ScoreOrder, document_levels, missing_scores, 
 from megads.data.epochs import VERSION, EpochIndex, SourcePart
 from megads.data.index_cache import index_directory
 from megads.data.indexed import data_files
+from megads.data.input_file import is_url
 from megads.data.manifest import DatasetInfo, check_dataset
 from megads.data.mix import Mix, MixPhase, normalized, phases_within_caps
 from megads.data.packing import Packing, plan_packing
-from megads.data.remote_shards import fetch_datasets, is_url
+from megads.data.remote_shards import fetch_datasets
 from megads.data.shard_group import ShardGroup
 from megads.data.tokenizer import load_tokenizer, tokenizer_sha256
 from megads.data.workers import start_helper_process
