@@ -98,7 +98,7 @@ def _tokens_per_parameter(run: Run) -> Iterator[Finding]:
             "note",
             f"{ratio:.2g} training tokens per active parameter: for this compute a smaller model on more "
             "text is better (about 20 are compute-optimal)",
-            "Chinchilla, arXiv:2203.15556, section 3.4",
+            "Chinchilla, arXiv:2203.15556, table 3",
         )
 
 

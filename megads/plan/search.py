@@ -78,7 +78,7 @@ _TP, _PP, _VPP = "tensor_parallel_size", "pipeline_parallel_size", "virtual_pipe
 _EP, _ETP, _CP = "expert_parallel_size", "expert_tensor_parallel_size", "context_parallel_size"
 _SIZES = (_TP, _PP, _VPP, _EP, _ETP, _CP, "pipeline_layout")
 _OPEN = (_VPP, "pipeline_layout")
-_AUTOMATIC = {"data_parallel_size": -1, "sequence_parallel": None, "device": "cuda"}
+_AUTOMATIC = {"data_parallel_size": -1, "sequence_parallel": None}
 
 
 def _with_sizes(config: Config, sizes: dict[str, Any]) -> Config:
@@ -192,7 +192,7 @@ def _least_recomputation(
                 break
         else:
             training = candidate.training
-            settings = {f"distributed.{name}": value for name, value in sizes.items()}
+            settings = {f"distributed.{name}": value for name, value in (_AUTOMATIC | sizes).items()}
             settings["training.micro_batch_size"] = training.micro_batch_size
             settings["training.gradient_checkpointing"] = training.gradient_checkpointing
             return Layout(settings, heaviest, SpeedModel(saved, gpu, model).step())

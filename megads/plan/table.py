@@ -1,6 +1,7 @@
 """A plan as text for a terminal or a file."""
 
 import json
+import shlex
 from collections.abc import Iterator
 
 from rich import box
@@ -57,18 +58,22 @@ def _parts(plan: Plan) -> Iterator[RenderableType]:
     yield _findings(plan.findings)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def _section(title: str, body: RenderableType, *below: str) -> Group:
+    """Titles and remarks stand outside the tables, which would break them at their own width."""
+    return Group(Text(title, style="bold"), body, *(Text(line) for line in below))
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     return table
 
 
-def _facts(plan: Plan) -> Table:
+def _facts(plan: Plan) -> Group:
     config, resolved = plan.config, plan.resolved
     counts = count_parameters(config)
-    table = Table(box=None, show_header=False, pad_edge=False, title=config.experiment_name)
-    table.title_justify, table.title_style = "left", "bold"
+    table = Table(box=None, show_header=False, pad_edge=False)
     device = "CPU" if plan.gpu is None else plan.gpu.name.upper()
     table.add_row("hardware", f"{resolved.world_size:,} x {device}")
     vpp = f" x VPP {resolved.vpp}" if resolved.vpp else ""
@@ -88,21 +93,14 @@ def _facts(plan: Plan) -> Table:
         f"{count(training_flops_per_token(config, causal=False))})",
     )
     table.add_row("length", f"{count(resolved.total_tokens)} tokens in {resolved.train_steps:,} steps")
-    return table
+    return _section(config.experiment_name, table)
 
 
-def _memory(plan: Plan) -> Table:
-    limit = (
-        "" if plan.gpu is None else f" of {plan.gpu.memory_bytes / GIB:.1f} GiB on a {plan.gpu.name.upper()}"
-    )
+def _memory(plan: Plan) -> Group:
     recompute = plan.config.training.gradient_checkpointing
-    kept = {False: "no recomputation", "selective": "selective recomputation"}.get(
-        recompute, "full recomputation"
-    )
+    kept = {False: "no", "selective": "selective"}.get(recompute, "full")
     parts = [name for name in plan.stages[0].parts() if any(stage.parts()[name] for stage in plan.stages)]
-    table = _table(
-        f"Memory per process in GiB{limit}, {kept}", "stage", "layers", "in flight", *parts, "total"
-    )
+    table = _table("stage", "layers", "in flight", *parts, "total")
     for stage in plan.stages:
         style = "bold" if stage is plan.heaviest else None
         if plan.gpu is not None and stage.total > plan.gpu.memory_bytes:
@@ -112,33 +110,40 @@ def _memory(plan: Plan) -> Table:
         table.add_row(
             str(stage.stage), str(stage.layers), f"{stage.micro_batches:g}", *values, total, style=style
         )
-    if plan.fits is not None:
-        table.caption = "It fits." if plan.fits else "It does not fit: see --search."
-        table.caption_justify = "left"
-    return table
+    title = f"Memory per process in GiB, {kept} recomputation"
+    if plan.gpu is None:
+        return _section(title, table)
+    limit = f"of {plan.gpu.memory_bytes / GIB:.1f} GiB on a {plan.gpu.name.upper()}"
+    return _section(
+        title,
+        table,
+        f"It fits: {_fullest(plan)} {limit}."
+        if plan.fits
+        else f"It does not fit: {_fullest(plan)} {limit}; --search looks for layouts that do.",
+    )
 
 
-def _speed(plan: Plan) -> Table:
+def _fullest(plan: Plan) -> str:
+    return f"stage {plan.heaviest.stage} needs {plan.heaviest.total / GIB:.1f}"
+
+
+def _speed(plan: Plan) -> Group:
     assert plan.step is not None
     step = plan.step
-    table = _table("Predicted step (a model of its cost: see docs/planning.md)", "cause", "seconds", "share")
+    table = _table("cause", "seconds", "share")
     for cause, seconds in step.by_cause().items():
         if seconds > 0:
             table.add_row(cause.replace("_", " "), f"{seconds:.3f}", f"{seconds / step.seconds:.0%}")
     table.add_row("step", f"{step.seconds:.3f}", "", style="bold")
-    table.caption_justify = "left"
-    table.caption = (
-        f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per GPU, MFU {step.mfu:.1%} (causal, BF16 peak)"
-    )
-    return table
+    rate = f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per GPU"
+    return _section("Predicted step", table, f"{rate}, MFU {step.mfu:.1%} (causal, of the dense BF16 peak)")
 
 
-def _money(plan: Plan) -> Table:
+def _money(plan: Plan) -> Group:
     assert plan.budget is not None
     money, assumed = plan.budget, plan.assumptions
     efficiency = f"MFU {assumed.mfu:.1%} as given" if assumed.mfu is not None else "the predicted step"
-    table = Table(box=None, show_header=False, pad_edge=False, title=f"Time and money, from {efficiency}")
-    table.title_justify, table.title_style = "left", "bold"
+    table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("time", f"{money.days:,.1f} days, {money.gpu_hours:,.0f} GPU hours")
     table.add_row("per trillion tokens", f"{money.gpu_hours_per_trillion_tokens:,.0f} GPU hours")
     kind = "spot" if assumed.spot else "on demand"
@@ -151,17 +156,12 @@ def _money(plan: Plan) -> Table:
     if money.lost_share:
         between = assumed.hours_between_interruptions
         table.add_row("lost", f"{money.lost_share:.1%} to an interruption every {between:g} h")
-    return table
+    return _section(f"Time and money, from {efficiency}", table)
 
 
-def _laws(plan: Plan) -> RenderableType:
+def _laws(plan: Plan) -> Group:
     advice, training = plan.scaling, plan.config.training
-    table = _table(
-        f"Scaling laws at {advice.compute_flops:.3g} FLOPs (DeepSeek LLM, arXiv:2401.02954, M x D)",
-        "",
-        "law",
-        "here",
-    )
+    table = _table("", "law", "here")
     rate = max([phase.to for phase in training.lr_phases], default=training.learning_rate)
     table.add_row("peak learning rate", f"{advice.learning_rate:.3g}", f"{rate:.3g}")
     batch = training.global_batch_size * training.seq_length
@@ -170,37 +170,29 @@ def _laws(plan: Plan) -> RenderableType:
         "model scale M, FLOPs per token", count(advice.optimal_model_scale), count(advice.model_scale)
     )
     table.add_row("tokens D", count(advice.optimal_tokens), count(advice.tokens))
-    loss = (
-        f"Chinchilla's loss (arXiv:2203.15556, eq. 10) of the active parameters: {advice.chinchilla_loss:.3f}"
-    )
-    remarks = [Text(f"  {remark}", style="dim") for remark in (loss, *advice.remarks)]
-    sizes = _table(
-        "Settings by those laws for dense models", "parameters", "tokens", "FLOPs", "learning rate", "batch"
-    )
+    title = f"Scaling laws at {advice.compute_flops:.3g} FLOPs (DeepSeek LLM, arXiv:2401.02954; C = M D)"
+    loss = f"{advice.chinchilla_loss:.3f} nats per token by active parameters"
+    laws = _section(title, table, f"Chinchilla's loss (arXiv:2203.15556, eq. 10): {loss}", *advice.remarks)
+    sizes = _table("parameters", "tokens", "FLOPs", "learning rate", "batch, tokens")
     for one in recommended():
         sizes.add_row(
             count(one.parameters), count(one.tokens), f"{one.compute_flops:.2g}", f"{one.learning_rate:.3g}",
             count(one.batch_tokens),
         )  # fmt: skip
-    return Group(table, *remarks, Text(), sizes)
+    return Group(laws, Text(), _section("Compute-optimal settings of dense models by these laws", sizes))
 
 
-def _layouts(found: Search, config: Config) -> Table:
-    table = _table(
-        f"Layouts that fit: {len(found.layouts):,} of {found.tried:,}, fastest first",
-        *SHORT.values(), "GiB", "step, s", "MFU",
-    )  # fmt: skip
+def _layouts(found: Search, config: Config) -> Group:
+    table = _table(*SHORT.values(), "GiB", "step, s", "MFU")
     for layout in found.layouts[:SHOWN_LAYOUTS]:
         values = [_value(layout, name) for name in SHORT]
         table.add_row(
             *values, f"{layout.total_bytes / GIB:.1f}", f"{layout.step.seconds:.2f}", f"{layout.step.mfu:.1%}"
         )
-    if found.layouts:
-        table.caption, table.caption_justify = (
-            "the first as flags: " + " ".join(as_flags(found, config)),
-            "left",
-        )
-    return table
+    title = f"Layouts that fit: {len(found.layouts):,} of {found.tried:,}, fastest first"
+    if not found.layouts:
+        return _section(title, Text("none: more GPUs, larger ones, or a smaller model"))
+    return _section(title, table, f"the first as flags: {shlex.join(as_flags(found, config))}")
 
 
 def as_flags(found: Search, config: Config) -> list[str]:

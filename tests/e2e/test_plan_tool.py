@@ -1,6 +1,7 @@
 """tools/plan.py as a user types it: tables, JSON, plot, lint, mistakes; and that it stays light."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_the_whole_plan(tmp_path: Path) -> None:
     for words in (
         "15.71B in all",
         "64 x H100",
-        "It fits.",
+        "It fits: stage 0 needs",
         "Layouts that fit",
         "interruption every 12 h",
         "Lint",
@@ -47,9 +48,8 @@ def test_the_whole_plan(tmp_path: Path) -> None:
 
 def test_the_fastest_layout_is_given_as_flags_that_work() -> None:
     done = plan(LITE, "--search", "--gpus", "32")
-    text = " ".join(done.stdout.split("the first as flags:")[1].split("Lint")[0].split()).replace("'", "")
-    config_words = text.split()
-    arguments = parse_flags(["--config", LITE, *config_words])
+    flags = shlex.split(done.stdout.split("the first as flags:")[1].split("Lint")[0])
+    arguments = parse_flags(["--config", LITE, *flags])
     check(load_config(ROOT / LITE, arguments.overrides), 32, cuda=True)
 
 
