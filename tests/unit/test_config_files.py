@@ -32,7 +32,7 @@ SHIPPED = [
     ("moonlight_16b_a3b", 64, 16e9),
 ]
 # (configuration with stages, processes)
-STAGED = {"stages_debug": 2, "deepseek_v3_671b_stages": 2048}
+STAGED = {"stages_debug": 2, "context_extension": 1, "deepseek_v3_671b_stages": 2048}
 DOMAINS = [
     "cc", "refined_web", "starcoder", "c4", "reddit", "pes2o", "redpajama", "flan", "openwebmath",
     "proof_pile_2", "gutenberg", "metawika", "wikimedia",
@@ -61,7 +61,7 @@ def test_it_is_sound_and_of_its_size(name: str, world_size: int, parameters: flo
 @pytest.mark.parametrize(("name", "world_size"), STAGED.items())
 def test_stages_are_sound(name: str, world_size: int) -> None:
     stages = load_stages(CONFIGS / f"{name}.json")
-    cuda = name != "stages_debug"
+    cuda = name not in ("stages_debug", "context_extension")
     assert planned_processes(stages) == (world_size, cuda)
     check_stages(stages, world_size, cuda)
     assert [notes(stage.config) for stage in stages] == [[]] * len(stages)
