@@ -42,11 +42,11 @@ LINT_FAILED = 1
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/plan.py",
+        usage="%(prog)s CONFIG [options] [--section.setting VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config_file", metavar="CONFIG", nargs="?", help="JSON configuration; or --config")
     parser.add_argument("--gpus", type=int, metavar="N", help="processes; default: those the config asks for")
     parser.add_argument(
         "--gpu",
@@ -76,10 +76,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
     """Our own options, and those of pretrain_megads.py."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--config", *argv]
     options, rest = _parser().parse_known_args(argv)
     arguments = parse_flags(rest, "tools/plan.py")
-    if options.config_file is None and arguments.config is None:
-        raise ConfigError("which configuration? tools/plan.py configs/debug.json")
+    if arguments.config is None:
+        raise ConfigError("which configuration? It comes first: tools/plan.py configs/debug.json")
     for name in ("gpus", "mfu", "price", "interruption_hours"):
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -87,8 +89,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Arguments]:
     return options, arguments
 
 
-def load_one(path: str | None, arguments: Arguments) -> Config:
-    """The configuration of `path`; of a file with stages the one that --stage names."""
+def load_one(arguments: Arguments) -> Config:
+    """The configuration; of a file with stages the one that --stage names."""
+    path = arguments.config
     stages = load_stages(path, arguments.overrides, arguments.origins)
     if arguments.stage is None and len(stages) > 1:
         names = ", ".join(stage.name for stage in stages)
@@ -113,11 +116,13 @@ def data_tokens(config: Config) -> dict[str, int]:
 def _records(prefix: str) -> list[str]:
     if "://" in prefix:
         return []  # not fetched for a plan
-    return glob.glob(os.path.join(prefix, "**", "*.json"), recursive=True) or glob.glob(f"{prefix}.json")
+    below = os.path.join(glob.escape(prefix), "**", "*.idx")
+    indexes = glob.glob(below, recursive=True) if os.path.isdir(prefix) else [f"{prefix}.idx"]
+    return [index.removesuffix(".idx") + ".json" for index in indexes]
 
 
 def _recorded_tokens(record: Path) -> int:
-    """0 for a file that is no record of a dataset: it may be anything that lies there."""
+    """0 where there is no record, as of a dataset of other tools."""
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -138,9 +143,16 @@ def check_for_plan(config: Config, world_size: int, cuda: bool) -> list[str]:
 
 def run(options: argparse.Namespace, arguments: Arguments) -> int:
     """The exit code of everything that was asked for."""
-    config = load_one(options.config_file or arguments.config, arguments)
+    config = load_one(arguments)
     world_size, cuda = planned_hardware(config, options.gpus or arguments.world_size)
     cuda = cuda or (config.distributed.device != "cpu" and bool(options.gpu or options.gpus))
+    for name in ("gpu", "search", "mfu", "spot", "price", "interruption_hours"):
+        if getattr(options, name) and not cuda:
+            flag = name.replace("_", "-")
+            raise ConfigError(
+                f"--{flag}: this run is on the CPU; --gpu h100 plans it for a GPU, where "
+                "distributed.device allows it"
+            )
     gpu = gpu_named(options.gpu or "h100") if cuda else None
     remarks = check_for_plan(config, world_size, cuda)
     resolved = resolve(config, world_size, cuda)
@@ -169,7 +181,7 @@ def run(options: argparse.Namespace, arguments: Arguments) -> int:
         from megads.plan.plot import draw_memory
 
         draw_memory(plan, options.plot)
-    return LINT_FAILED if options.strict and is_refused(list(plan.findings), True) else 0
+    return LINT_FAILED if options.strict and is_refused(plan.findings, strict=True) else 0
 
 
 def _console() -> "Console":

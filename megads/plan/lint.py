@@ -5,6 +5,8 @@ id, a severity and the source of the rule: an `error` wastes the run, a `warning
 worth knowing. The rules are in `lint_model` (architecture) and `lint_run` (training, layout, data, time).
 """
 
+from collections.abc import Sequence
+
 from megads.plan import lint_model, lint_run
 from megads.plan.findings import SEVERITIES, Finding, Run
 
@@ -16,7 +18,7 @@ def lint(run: Run) -> list[Finding]:
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
-def is_refused(findings: list[Finding], strict: bool) -> bool:
+def is_refused(findings: Sequence[Finding], strict: bool) -> bool:
     """Whether a run should not start: with an error, or, if `strict`, with a warning."""
     refused = SEVERITIES[: 2 if strict else 1]
     return any(finding.severity in refused for finding in findings)

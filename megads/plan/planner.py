@@ -1,6 +1,7 @@
 """Everything that is known of a run before it starts, in one object, which is also written as JSON."""
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from megads.config.flops import count_parameters, training_flops_per_token
@@ -139,13 +140,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
         ],
         "fits": plan.fits,
         "step": None if plan.step is None else _step(plan.step),
-        "budget": None if plan.budget is None else asdict(plan.budget),
+        "budget": None if plan.budget is None else _budget_as_json(plan.budget),
         "assumptions": asdict(plan.assumptions),
         "scaling": asdict(plan.scaling),
         "recommended": [asdict(one) for one in recommended()],
         "findings": [asdict(finding) for finding in plan.findings],
         "search": None if plan.found is None else _search(plan.found),
     }
+
+
+def _budget_as_json(money: Budget) -> dict[str, float | None]:
+    """JSON has no infinity: null where interruptions leave no progress."""
+    return {name: value if isfinite(value) else None for name, value in asdict(money).items()}
 
 
 def _step(step: StepTime) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -40,7 +40,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print()
 
 
-def print_findings(findings: list[Finding] | tuple[Finding, ...], console: Console) -> None:
+def print_findings(findings: Sequence[Finding], console: Console) -> None:
     """What the linter found, or that it found nothing."""
     console.print(_findings(findings))
 
@@ -213,7 +213,7 @@ def _value(layout: Layout, name: str) -> str:
     return "-" if value in (None, False) else str(value)
 
 
-def _findings(findings: list[Finding] | tuple[Finding, ...]) -> RenderableType:
+def _findings(findings: Sequence[Finding]) -> RenderableType:
     if not findings:
         return Text("Lint: nothing found.", style="bold")
     lines = [Text("Lint", style="bold")]

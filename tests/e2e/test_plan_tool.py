@@ -78,6 +78,9 @@ def test_efficiency_and_price_are_inputs() -> None:
     money = json.loads(plan(*words).stdout)["budget"]
     assert abs(money["gpu_hours_per_trillion_tokens"] / 180e3 - 1) < 0.15
     assert money["dollars"] == 2 * money["gpu_hours"]
+    hopeless = json.loads(plan(LITE, "--interruption-hours", "0.1", "--json", "-").stdout)["budget"]
+    assert hopeless["lost_share"] == 1
+    assert hopeless["days"] is None
 
 
 def test_lint_and_strict() -> None:
@@ -94,6 +97,7 @@ def test_lint_and_strict() -> None:
 def test_data_that_lies_there_is_counted(tmp_path: Path) -> None:
     for name, tokens in (("a-0", 40_000), ("a-1", 60_000)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"format": "megads-indexed-1", "tokens": tokens}))
+        (tmp_path / f"{name}.idx").touch()
     (tmp_path / "other.json").write_text('{"tokens": 1}')
     done = plan(
         "configs/debug.json", "--lint", "--data-path", str(tmp_path), "--training.train_steps", "1000"
@@ -105,6 +109,8 @@ def test_mistakes() -> None:
     for words, told in (
         ((), "which configuration?"),
         ((LITE, "--gpu", "h10"), "did you mean"),
+        (("configs/debug.json", "--search"), "--search: this run is on the CPU"),
+        (("--gpu", "h100", LITE), "belongs to no flag"),
         ((LITE, "--gpus", "0"), "--gpus must be above 0"),
         ((LITE, "--gpus", "12"), "cannot run"),
         ((LITE, "--mfuu", "1"), "unknown flag"),
