@@ -17,7 +17,7 @@ Letters: T tokens of a rank, K keys, b bytes of an activation.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
@@ -41,8 +41,6 @@ class SavedActivations:
 
     config: Config
     resolved: Resolved
-    _layers: dict[bool, Parts] = field(default_factory=dict, repr=False)
-    _whole_layers: dict[bool, int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def element_bytes(self) -> int:
@@ -98,9 +96,15 @@ class SavedActivations:
 
     def layer(self, is_moe: bool) -> Parts:
         """One decoder layer as the run keeps it."""
+        return self._kept_layers[is_moe]
+
+    @cached_property
+    def _kept_layers(self) -> tuple[Parts, Parts]:
+        """A dense layer and a MoE layer: the search asks for them very often."""
         if self.recompute == "full":
-            return Parts(attention=self.hidden_bytes)
-        return self._whole_layer(is_moe, discard_projections=self.recompute == "selective")
+            return Parts(attention=self.hidden_bytes), Parts(attention=self.hidden_bytes)
+        discard = self.recompute == "selective"
+        return self._whole_layer(False, discard), self._whole_layer(True, discard)
 
     def recomputed_bytes(self, is_moe: bool) -> int:
         """What recomputation brings back for one layer while backward is in it."""
@@ -108,7 +112,12 @@ class SavedActivations:
 
     def whole_layer_bytes(self, is_moe: bool) -> int:
         """One layer without any recomputation: what its forward pass writes and its backward reads."""
-        return sum(self._whole_layer(is_moe, discard_projections=False).values())
+        return self._whole_layers[is_moe]
+
+    @cached_property
+    def _whole_layers(self) -> tuple[int, int]:
+        dense, moe = self._whole_layer(False, False), self._whole_layer(True, False)
+        return dense.total(), moe.total()
 
     def _whole_layer(self, is_moe: bool, discard_projections: bool) -> Parts:
         width = self.config.model.mla.d_model
