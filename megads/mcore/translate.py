@@ -137,13 +137,17 @@ def ddp_config(config: Config, resolved: Resolved) -> DistributedDataParallelCon
 
 
 def optimizer_config(config: Config, resolved: Resolved) -> OptimizerConfig:
-    """Optimizer hyperparameters; the learning rate is set anew at each step."""
+    """Optimizer hyperparameters.
+
+    Each step sets its own learning rate. The bounds given here tell parameter groups apart when a checkpoint
+    is loaded, so they are the same for every run: a run may resume with another learning rate.
+    """
     training = config.training
     return OptimizerConfig(
         optimizer="sgd" if training.optimizer == "sgd" else "adam",
         decoupled_weight_decay=training.optimizer == "adamw",
-        lr=training.learning_rate,
-        min_lr=training.min_learning_rate,
+        lr=1.0,
+        min_lr=0.0,
         weight_decay=training.weight_decay,
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,

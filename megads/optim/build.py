@@ -157,15 +157,22 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
                 state["step"] = torch.zeros((), dtype=torch.float32)
 
 
-def separate_step_counters(optimizer: MegatronOptimizer) -> None:
-    """Undo what loading does to torch's Adam: Megatron-Core gives all parameters one step counter.
+def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Put loaded moments and step counters in place; the hyperparameters stay the configuration's.
 
-    torch increments the counter of each parameter, so a shared one would count every parameter.
+    Megatron-Core takes those of the checkpoint (betas, epsilon, momentum), so that changing one and resuming
+    would change nothing. It also gives all parameters of torch's Adam one step counter, which each of them
+    would increment.
     """
+    names = ("lr", "weight_decay", "betas", "eps", "momentum", "fused")
+    configured = [{n: group[n] for n in names if n in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)
     for inner in _inner_optimizers(optimizer):
-        for state in inner.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        for parameter in inner.optimizer.state.values():
+            if isinstance(parameter.get("step"), torch.Tensor):
+                parameter["step"] = parameter["step"].clone()
 
 
 def _inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

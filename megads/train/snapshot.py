@@ -10,7 +10,7 @@ from typing import Any
 from megads.config.resolve import Resolved
 from megads.mcore.generators import restore_generators, sharded_generators
 from megads.model.build import unwrap
-from megads.optim.build import allocate_optimizer_state, separate_step_counters
+from megads.optim.build import allocate_optimizer_state, load_optimizer_state
 from megads.train.average import ParameterAverage
 from megads.train.step import TrainingStep
 
@@ -74,8 +74,7 @@ def restore_state(
     for index, chunk in enumerate(step.chunks):
         unwrap(chunk).load_state_dict(state[f"model{index}"])
     if optimizer:
-        step.optimizer.load_state_dict(state["optimizer"])
-        separate_step_counters(step.optimizer)
+        load_optimizer_state(step.optimizer, state["optimizer"])
     else:
         step.optimizer.reload_model_params()
     if generators:

@@ -90,6 +90,14 @@ def load_and_train(settings: dict[str, Any], directory: Path, generators: bool) 
     return {"fresh": fresh, "loaded": loaded, "records": records, "end": state_of(step)}
 
 
+def load_and_list(settings: dict[str, Any], directory: Path) -> list[tuple[Any, ...]]:
+    """Hyperparameters of every parameter group in the step after a resume."""
+    step = tiny.start(settings)
+    load(step, directory, generators=True)
+    tiny.train(step, BEFORE, 1)
+    return [(group["lr"], group["betas"], group["eps"]) for group in step.optimizer.param_groups]
+
+
 # --- with the workers' results ----------------------------------------------------------------
 
 
@@ -161,6 +169,18 @@ def test_a_resumed_run_is_resumed_again(tmp_path: Path) -> None:
     second = job(layout, load_and_train, {}, directory=tmp_path, generators=True)
     assert_equal_tensors(whole(second, "loaded"), whole(first, "end"))
     assert all(rank["loaded"]["optimizer_steps"] == {BEFORE + AFTER} for rank in second)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2-zero0"])
+def test_a_run_resumes_with_the_hyperparameters_that_it_is_given(layout: str, tmp_path: Path) -> None:
+    """Megatron-Core finds parameter groups by their learning rates, and takes betas from the checkpoint."""
+    job(layout, train_and_save, {}, directory=tmp_path)
+    changed = {
+        "training.learning_rate": 5e-4, "training.min_learning_rate": 1e-5, "training.adam_beta1": 0.8,
+        "training.adam_beta2": 0.9, "training.adam_eps": 1e-6,
+    }  # fmt: skip
+    for groups in job(layout, load_and_list, changed, directory=tmp_path):
+        assert set(groups) == {(5e-4, (0.8, 0.9), 1e-6)}
 
 
 def test_generators_are_what_makes_it_the_same_run(tmp_path: Path) -> None:
