@@ -46,9 +46,9 @@ def deepspeed(
     """
     if find_spec("deepspeed") is None:
         raise EnvironmentSetupError(
-            "--deepspeed needs DeepSpeed's launcher, which is not installed: pip install deepspeed, or leave "
-            "--deepspeed out: torchrun starts the same processes, and the settings of distributed.deepspeed "
-            "hold either way"
+            "--deepspeed needs DeepSpeed's launcher, which is not installed: pip install deepspeed, or "
+            "leave --deepspeed out: torchrun starts the same processes, and the settings of "
+            "distributed.deepspeed hold either way"
         )
     own = ["--num_gpus", str(processes), "--no_local_rank", "--master_port", str(port)]
     if hostfile is not None:

@@ -39,8 +39,7 @@ def read_hostfile(path: Path) -> list[Host]:
         if host.address in hosts:
             raise ConfigError(
                 f"{path}:{number}: {host.address} is in line {hosts[host.address]} already; name each host "
-                "once, "
-                "with the number of its GPUs as slots"
+                "once, with the number of its GPUs as slots"
             )
         hosts[host.address] = number
         found.append(host)

@@ -20,8 +20,8 @@ from megads.config.stages import Stage, load_stages
 from megads.errors import MegadsError, RunStopped
 
 FILE_NAME = "restarts.json"
-# The script adds this to the codes of a user's mistakes, so that they stand out among those of killed tasks.
-MISTAKE = 200
+# The script adds this to the codes of what another try cannot mend: mistakes, and a budget that is spent.
+FINAL = 200
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Verdict:
 
 def judge(code: int, tries: Tries, most: int) -> Verdict:
     """`code`: that of the try that ended, not 0; `most`: tries in a row that may end without progress."""
-    if code >= MISTAKE:
-        return Verdict(False, "a mistake that the same start would only repeat; see the error above")
+    if code >= FINAL:
+        return Verdict(False, "another try would end the same way; see the message above")
     ended = "stopped before its end" if code == RunStopped.exit_code else f"ended with exit code {code}"
     if tries.without_progress == 0:
         return Verdict(True, f"{ended}; a checkpoint was saved since the last start")

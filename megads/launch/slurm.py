@@ -136,15 +136,14 @@ def slurm_problems(slurm: Slurm) -> Iterator[str]:
     if slurm.gpus_per_node and slurm.ntasks_per_node not in (1, slurm.gpus_per_node):
         yield (
             f"{_BLOCK}.ntasks_per_node = {slurm.ntasks_per_node} and gpus_per_node = {slurm.gpus_per_node}: "
-            "there "
-            f"is one process per GPU; set ntasks_per_node to {slurm.gpus_per_node}, or to 1, and it is seen "
-            "to"
+            f"there is one process per GPU; set ntasks_per_node to {slurm.gpus_per_node}, or to 1, and it is "
+            "seen to"
         )
     elif slurm.ntasks_per_node * slurm.cpus_per_task < processes:
         yield (
             f"{_BLOCK}: {slurm.ntasks_per_node} tasks of {slurm.cpus_per_task} CPUs are too few for "
-            f"{processes} "
-            f"processes per node: set cpus_per_task to at least {-(-processes // slurm.ntasks_per_node)}"
+            f"{processes} processes per node: set cpus_per_task to at least "
+            f"{-(-processes // slurm.ntasks_per_node)}"
         )
     limit = time_limit_seconds(slurm.time)
     if limit is None:

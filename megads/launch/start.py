@@ -40,8 +40,7 @@ def prepare(options: Options) -> tuple[Start, str]:
     if options.hostfile is None and (options.nodes or 1) > 1:
         raise ConfigError(
             f"--nodes {options.nodes}: on which machines? Give --hostfile FILE with a line `HOST slots=N` "
-            "for each, "
-            "or --submit for a SLURM job"
+            "for each, or --submit for a SLURM job"
         )
     if options.deepspeed or config.distributed.launcher == "deepspeed":
         return _through_deepspeed(options)

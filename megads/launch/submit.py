@@ -91,9 +91,8 @@ def check_slurm(config: Config) -> None:
         if shutil.which(name) is None:
             raise EnvironmentSetupError(
                 f"{name} is not on the PATH, so there is no SLURM to submit to: run this on a login node of "
-                "the "
-                "cluster, or start the run here: set distributed.slurm.enabled to false and leave --submit "
-                "out"
+                "the cluster, or start the run here: set distributed.slurm.enabled to false and leave "
+                "--submit out"
             )
     partitions = sorted(set(_run(["sinfo", "--noheader", "--format=%R"]).split()))
     asked = config.distributed.slurm.partition

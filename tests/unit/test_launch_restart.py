@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megads.errors import ConfigError, RunStopped, TrainingError
-from megads.launch.restart import MISTAKE, Tries, judge, main
+from megads.launch.restart import FINAL, Tries, judge, main
 
 STOPPED = RunStopped.exit_code
 
@@ -15,7 +15,7 @@ STOPPED = RunStopped.exit_code
     [
         (STOPPED, 0, True), (STOPPED, 2, True), (STOPPED, 3, False),
         (1, 0, True), (1, 2, True), (1, 3, False),
-        (137, 0, True), (TrainingError.exit_code, 1, True), (MISTAKE + ConfigError.exit_code, 0, False),
+        (137, 0, True), (TrainingError.exit_code, 1, True), (FINAL + ConfigError.exit_code, 0, False),
     ],
 )  # fmt: skip
 def test_judge(code: int, tries: int, again: bool) -> None:
@@ -87,7 +87,7 @@ def test_a_try_goes_on_from_what_the_job_has_saved(run: Run, capsys: pytest.Capt
 def test_a_mistake_is_not_repeated(run: Run) -> None:
     assert run.before() == 0
     run.save("step_00000001")
-    assert run.after(MISTAKE + 2) == 1
+    assert run.after(FINAL + 2) == 1
     assert main(["before", "--job", "1", "--", "--config", "/nowhere.json"]) == ConfigError.exit_code
 
 
