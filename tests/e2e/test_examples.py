@@ -29,7 +29,7 @@ def example(name: str, *arguments: object, **environment: object) -> Finished:
 
 
 def test_the_scripts_are_short_strict_and_executable() -> None:
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 7
     for script in EXAMPLES:
         lines = script.read_text().splitlines()
         assert lines[0] == "#!/usr/bin/env bash"
@@ -51,6 +51,19 @@ def test_resume_in_another_layout(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert steps(output) == [1, 2, 3, 4]
     assert [(run["step"], run["layout"]) for run in records(output, "run")] == [(0, "EP2 DP2"), (2, "TP2")]
+
+
+def test_stages(data: Path, tmp_path: Path) -> None:
+    """Pre-training, context extension and fine-tuning by one command; again, it has nothing left to do."""
+    flags = ("--train-iters", 2, "--lr-warmup-iters", 0, "--log-interval", 1, "--eval-interval", 0)
+    for words in ("stage answers: number 3 of 3", "nothing is left to do"):
+        done = example("stages", *flags, "--output_dir", tmp_path / "run", DATA=data)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert words in done.stdout
+    layouts = [
+        records(tmp_path / "run" / stage, "run")[0]["layout"] for stage in ("pretrain", "extend", "answers")
+    ]
+    assert layouts == ["EP2 DP2", "TP2", "EP2 DP2"]
 
 
 def test_own_data(corpus: Path, tmp_path: Path) -> None:

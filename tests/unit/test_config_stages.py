@@ -360,9 +360,9 @@ def plot() -> ModuleType:
 def test_the_figure_has_the_stages_side_by_side(plot: ModuleType, tmp_path: Path) -> None:
     stages = load_stages(CONFIGS / "stages_debug.json")
     drawn, total = plot.segments(stages, 2, False)
-    first, second = (resolve(stage.config, 2, cuda=False).total_tokens for stage in stages)
-    assert [one.first_tokens for one in drawn] == [0, first]
-    assert total == first + second
+    first, second, third = (resolve(stage.config, 2, cuda=False).total_tokens for stage in stages)
+    assert [one.first_tokens for one in drawn] == [0, first, first + second]
+    assert total == first + second + third
     assert drawn[1].tokens[0] == first
     assert set(drawn[0].panels["sequence length"]) == {128}
     assert set(drawn[1].panels["sequence length"]) == {512}
