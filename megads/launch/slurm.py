@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from megads.config.resolve import slurm_processes_per_node
@@ -219,9 +218,3 @@ def time_limit_seconds(text: str) -> float | None:
     else:  # minutes[:seconds]
         days, hours, (minutes, seconds) = 0, 0, (*parts, 0)[:2]
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """The end of a sentence about a name that is not there."""
-    close = get_close_matches(name, names, 1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names))}"

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from megads.config.schema import Config
 from megads.errors import ConfigError, EnvironmentSetupError
-from megads.launch.slurm import create_slurm_script, nearest, slurm_script
+from megads.launch.slurm import create_slurm_script, slurm_script
 
 SECONDS_FOR_SLURM = 60
 
@@ -35,7 +36,7 @@ class Submission:
         names = [f"JOB{number}" for number in range(1, (self.jobs or 1) + 1)]
         lines = [shlex.join(self._sbatch(chain, names[:number])) for number in range(len(names))]
         script = slurm_script(self.config, self.arguments)
-        return "\n".join([*(lines if self.submit else []), f"{self.path}:", "", script])
+        return "\n".join([*([*lines, ""] if self.submit else []), f"{self.path}:", "", script])
 
     def run(self) -> int:
         """Write the script and submit it. Prints the numbers of the jobs.
@@ -98,9 +99,10 @@ def check_slurm(config: Config) -> None:
     asked = config.distributed.slurm.partition
     for name in asked.split(","):
         if name not in partitions:
+            near = get_close_matches(name, partitions, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(partitions)}"
             raise ConfigError(
-                f"distributed.slurm.partition = {asked!r}: this cluster has no partition {name!r}; "
-                + nearest(name, partitions)
+                f"distributed.slurm.partition = {asked!r}: this cluster has no partition {name!r}; {hint}"
             )
 
 
