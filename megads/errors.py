@@ -45,3 +45,9 @@ class RunStopped(MegadsError):
     """No mistake: a run was asked to stop, has saved, and goes on when it is started again."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+class BudgetReached(RunStopped):
+    """A run has cost what it may: it has saved, and goes on only when its budget is raised."""
+
+    exit_code = 7

@@ -559,6 +559,21 @@ class DeepSpeed(Section):
     gradient_clipping: float | None = setting(None, "as DeepSpeed's")
 
 
+class Preflight(Section):
+    """Checks of the job's machines before the first step; docs/preflight.md says what is checked."""
+
+    policy: Literal["off", "warn", "stop"] = setting(
+        "stop", "what a finding leads to; slow machines of a CPU run are warned of and no more"
+    )
+    speed_test: bool = setting(True, "time matrix products on every device, and transfers between hosts")
+    slow_factor: float = setting(
+        1.5, "a device or link is slow when it takes this many times as long as the median", gt=1
+    )
+    max_clock_skew_seconds: float = setting(
+        5.0, "how far the clock of a host may be from the median", unit="seconds", gt=0
+    )
+
+
 class Distributed(Section):
     """Processes, devices and parallel layout."""
 
@@ -619,6 +634,7 @@ class Distributed(Section):
         gt=0,
         flags=("--distributed-timeout-minutes",),
     )
+    preflight: Preflight = Preflight()
     deepspeed: DeepSpeed = DeepSpeed()
     slurm: Slurm = Slurm()
 
@@ -712,6 +728,27 @@ class Validation(Section):
     per_source: bool = setting(True, "also report the loss of each source")
 
 
+class Budget(Section):
+    """What a run (of stages: each) may cost; at a limit it saves and ends. See docs/budget.md."""
+
+    device_hour_cost: float = setting(
+        0.0, "price of a device for an hour, in any currency; without GPUs each process counts as one", ge=0
+    )
+    job_hour_cost: float = setting(0.0, "price of an hour of the job, whatever its devices", ge=0)
+    max_cost: float | None = setting(None, "the run ends when it has cost this much; null: no limit", gt=0)
+    max_hours: float | None = setting(
+        None, "the run ends when its jobs have taken this long; null: no limit", unit="hours", gt=0
+    )
+    warn_at: tuple[float, ...] = setting((0.8, 0.9), "shares of a limit at which to warn")
+    alert_command: tuple[str, ...] = setting(
+        (), "program and arguments, run at each warning and at the limit with the facts in MEGADS_ALERT_*"
+    )
+    alert_webhook: str | None = setting(
+        None, "URL that gets the facts as JSON; $NAME: the URL is in the environment variable NAME"
+    )
+    alert_timeout_seconds: float = setting(10.0, "time for an alert", unit="seconds", gt=0)
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -730,3 +767,4 @@ class Config(Section):
     checkpointing: Checkpointing = Checkpointing()
     logging: Logging = Logging()
     validation: Validation = Validation()
+    budget: Budget = Budget()

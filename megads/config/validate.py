@@ -4,6 +4,7 @@
 do. Single values (types, limits) are the schema's business.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
@@ -13,7 +14,7 @@ from megads.config.deepspeed import deepspeed_problems
 from megads.config.not_yet import missing_packages, not_yet
 from megads.config.resolve import batch_schedule, run_length
 from megads.config.schedule import learning_rate_schedule
-from megads.config.schema import Config, Data, Training
+from megads.config.schema import Budget, Config, Data, Training
 from megads.config.tree import get
 from megads.errors import ConfigError
 
@@ -40,6 +41,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from _training(config)
     yield from _data(config)
     yield from _checkpointing(config)
+    yield from _budget(config.budget)
     yield from not_yet(config, cuda)
     yield from missing_packages(config)
     yield from deepspeed_problems(config, validate_layout.accumulation_steps(config, world_size))[0]
@@ -101,6 +103,22 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         )
     if moe.capacity_factor is None:
         yield ["model.moe.min_expert_capacity"], "capacity_factor is null, so nothing is dropped"
+    yield from _inert_checks(config)
+
+
+def _inert_checks(config: Config) -> Iterator[tuple[list[str], str]]:
+    """Of preflight and budget."""
+    budget, preflight = config.budget, config.distributed.preflight
+    if budget.max_cost is None and budget.max_hours is None:
+        of_limits = ("warn_at", "alert_command", "alert_webhook", "alert_timeout_seconds")
+        yield [f"budget.{name}" for name in of_limits], "there is neither max_cost nor max_hours"
+    elif not budget.alert_command and budget.alert_webhook is None:
+        yield ["budget.alert_timeout_seconds"], "there is neither alert_command nor alert_webhook"
+    if preflight.policy == "off":
+        checks = ("speed_test", "slow_factor", "max_clock_skew_seconds")
+        yield [f"distributed.preflight.{name}" for name in checks], "policy is off"
+    elif not preflight.speed_test:
+        yield ["distributed.preflight.slow_factor"], "speed_test is false"
 
 
 def _after_the_end(config: Config) -> Iterator[tuple[list[str], str]]:
@@ -189,6 +207,22 @@ def _checkpointing(config: Config) -> Iterator[str]:
         yield (
             f"checkpointing.init_from = {checkpointing.init_from!r} starts a new run and "
             f"checkpointing.load = {checkpointing.load!r} goes on with one: leave out one of them"
+        )
+
+
+def _budget(budget: Budget) -> Iterator[str]:
+    if budget.max_cost is not None and budget.device_hour_cost == budget.job_hour_cost == 0:
+        yield (
+            f"budget.max_cost = {budget.max_cost:g}, but nothing has a price: give budget.device_hour_cost "
+            "or budget.job_hour_cost, or a limit of time with budget.max_hours"
+        )
+    if any(not 0 < share < 1 for share in budget.warn_at):
+        yield f"budget.warn_at = {list(budget.warn_at)}: shares of a limit lie between 0 and 1, as [0.8, 0.9]"
+    webhook = budget.alert_webhook
+    if webhook is not None and not re.fullmatch(r"https?://[^\s/]+\S*|\$[A-Za-z_]\w*", webhook):
+        yield (
+            "budget.alert_webhook must be a URL that begins with https:// or http://, or $NAME for one in "
+            "the environment"
         )
 
 

@@ -7,13 +7,16 @@ run, bit by bit where the layout is the same.
 
 import functools
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from megads.checkpoint import commit
 from megads.checkpoint.store import CheckpointStore
 from megads.config.flops import training_flops_per_token
 from megads.config.resolve import Resolved
@@ -22,11 +25,13 @@ from megads.config.schema import Config
 from megads.data.blend import build_datasets
 from megads.data.loader import Loader, build_loader
 from megads.data.sources import sample_counts
-from megads.errors import RunStopped, TrainingError
+from megads.errors import BudgetReached, RunStopped, TrainingError
 from megads.optim.build import release_data_parallel
 from megads.train.average import ParameterAverage
+from megads.train.budget import BudgetWatch
 from megads.train.contents import Contents
 from megads.train.evaluate import Validation
+from megads.train.preflight import run_preflight
 from megads.train.profiler import StepProfiler
 from megads.train.reporter import Reporter
 from megads.train.resume import checkpoint_record, find_checkpoint, find_origin, initialize, restore
@@ -43,8 +48,9 @@ logger = logging.getLogger(__name__)
 def train(config: Config, resolved: Resolved) -> bool:
     """Run the training that `config` describes; the process groups must exist. See `Run.to_the_end`.
 
-    Raises DataError, CheckpointError, TrainingError or RunStopped, on every rank.
+    Raises EnvironmentSetupError, DataError, CheckpointError, TrainingError or RunStopped, on every rank.
     """
+    run_preflight(config, resolved)
     with CheckpointStore(
         resolved.checkpoint_dir,
         keep_last_n=config.checkpointing.keep_last_n,
@@ -74,11 +80,16 @@ class Run:
     def __init__(self, config: Config, resolved: Resolved, store: CheckpointStore) -> None:
         self.config, self.resolved, self.store = config, resolved, store
         self.leads = dist.get_rank() == 0
+        began = time.monotonic()
         # Data first: it fails fast, before a model is allocated.
         self.build_datasets(skipped_samples=0)
         if self.leads:
             logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)
+        saved = commit.read_record(found.path)["state"] if found else None
+        self.budget = BudgetWatch(config, resolved.world_size, began, saved)
+        if found is None or found.step < resolved.train_steps:
+            self.budget.refuse_if_spent()
         origin = None if found else find_origin(config, store, self.datasets)
         contents = Contents(
             self.datasets.source_names, self.datasets.corpus.eod_id, self.datasets.fim_begin_id
@@ -125,8 +136,9 @@ class Run:
     def to_the_end(self) -> bool:
         """All remaining steps; then the last checkpoint, the last evaluation and the loss curve.
 
-        False where `training.exit_step` cut it. Raises RunStopped after a stop request, also one that came
-        while the last step was being saved: what follows, like a further stage, is to wait.
+        False where `training.exit_step` cut it. Raises BudgetReached where `budget` did, and RunStopped after
+        a stop request, also one that came while the last step was being saved: what follows, like a further
+        stage, is to wait.
         """
         last_step = self.resolved.train_steps
         if self.config.training.exit_step is not None:
@@ -139,6 +151,7 @@ class Run:
             cuda=self.resolved.device == "cuda",
         )
         self.open_loader()
+        limit = None
         try:
             while self.state.step < last_step:
                 profiler.before_step(self.state.step + 1)
@@ -153,14 +166,21 @@ class Run:
                         "%s received: saving and stopping after step %d", signal_name, self.state.step
                     )
                     break
+                if limit := self.budget.check(self.state, self.stop.largest, self._tell_budget):
+                    break
             completed = self.state.step >= self.resolved.train_steps
             self._finish(completed)
             if signal_name := self.stop.agreed():
                 raise RunStopped(
                     f"{signal_name}: saved after step {self.state.step}; the same command goes on from there"
                 )
+            if limit and not completed:
+                raise BudgetReached(
+                    f"{limit}: saved after step {self.state.step}; raise it to go on from there"
+                )
             return completed
         finally:
+            self.budget.close()
             profiler.close(self.state.step)
             self.stop.close()
             if isinstance(self.loader, Loader):
@@ -205,6 +225,7 @@ class Run:
             seconds=seconds,
             skipped=not result.applied,
         )
+        self.budget.charge(self.state)
         if self.average is not None and result.applied:
             self.average.update(self.state.step)
         self._count_skipped(result)
@@ -212,6 +233,9 @@ class Run:
         if self.state.step % self.config.training.log_interval == 0:
             sampled = self.datasets.sampled(self.state.samples)
             self.reporter.interval(self.state, scalars, batch_size, sampled)
+
+    def _tell_budget(self, facts: dict[str, Any], text: str) -> None:
+        self.reporter.event(self.state.step, self.state.tokens, "budget", facts, text)
 
     def _accept(self, loss: float) -> bool:
         """Judge the loss of the step that is under way: whether its update is to be made."""
@@ -290,6 +314,7 @@ class Run:
 
     def save(self) -> None:
         """Save the state after its step."""
+        self.budget.charge(self.state)
         checkpointing = self.config.checkpointing
         self.step.gather_parameters()
         metrics = {}

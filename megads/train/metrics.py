@@ -50,6 +50,8 @@ def train_record(
         **asdict(speed),
         "skipped_steps": state.skipped_steps,
         "wall_seconds": state.wall_seconds,
+        "job_seconds": state.job_seconds,
+        "cost": state.cost,
         "total_flops": state.flops,
         "peak_memory_bytes": memory.peak_bytes,
         "memory_share": memory.share,

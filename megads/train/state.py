@@ -42,6 +42,10 @@ class TrainState:
     """The step it was seen at."""
     wall_seconds: float = 0.0
     """Time spent in training steps, over all the runs that led here."""
+    job_seconds: float = 0.0
+    """Time that the jobs of this run took, over all that led here: evaluation and checkpoints included."""
+    cost: float = 0.0
+    """What that time cost, at the prices of `budget`."""
     flops: float = 0.0
     """Model FLOPs spent in training, recomputation not counted. A float: it outgrows 64-bit integers."""
 

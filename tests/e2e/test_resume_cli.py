@@ -27,7 +27,7 @@ TP2 = ("--tensor-model-parallel-size", 2)
 # What may differ between two runs of the same steps.
 OF_THE_CLOCK = {
     "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "tflops_per_device", "mfu",
-    "seconds_left", "wall_seconds", "peak_memory_bytes", "memory_share",
+    "seconds_left", "wall_seconds", "job_seconds", "peak_memory_bytes", "memory_share",
     *(f"seconds/{phase}" for phase in PHASES),
 }  # fmt: skip
 
