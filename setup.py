@@ -32,6 +32,7 @@ setup(
         "zstandard",
         "fsspec",
         "rich",
+        "packaging",
         "tensorboard",
         "matplotlib",
         "plotly",
@@ -41,7 +42,19 @@ setup(
         # Megatron-Core uses it when it is installed.
         "gpu": ["transformer-engine[pytorch]==2.20.*"],
         "quantize": ["nvidia-modelopt[torch]"],
+        "s3": ["s3fs"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers>=5", "wandb"],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "transformers>=5",
+            "wandb",
+            "s3fs",
+            "moto[s3]",
+            "flask",
+            "flask-cors",  # an S3 server to test against
+        ],
     },
 )

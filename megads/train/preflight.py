@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import megads
-from megads.config.flops import count_parameters
+from megads.config.disk import checkpoint_bytes
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
@@ -49,7 +49,6 @@ MATMUL = {"cuda": (torch.bfloat16, 8192, 0.5), "cpu": (torch.float32, 256, 0.05)
 TRANSFER_BYTES = {"cuda": 16 * 2**20, "cpu": 2**20}
 TRANSFERS = 3
 MOST_PARTNERS = 8
-CHECKPOINT_MARGIN = 1.05  # manifests, padding, blocks of the filesystem
 
 
 def run_preflight(config: Config, resolved: Resolved) -> None:
@@ -223,20 +222,6 @@ def free_disk_findings(config: Config, resolved: Resolved) -> Iterator[Finding]:
             f"{_gib(one)} will be kept: lower checkpointing.keep_last_n = {checkpointing.keep_last_n}, or "
             "make room",
         )
-
-
-def checkpoint_bytes(config: Config, precision: str) -> int:
-    """About what a checkpoint takes: weights, and with the optimizer an FP32 copy and its moments.
-
-    The distributed optimizer saves that copy also where the weights are FP32 themselves.
-    """
-    per_parameter = 4 if precision == "fp32" else 2
-    if config.checkpointing.save_optimizer:
-        master = 4 if precision != "fp32" or config.distributed.zero_stage > 0 else 0
-        per_parameter += master + (4 if config.training.optimizer == "sgd" else 8)
-    if config.training.average_decay is not None:
-        per_parameter += 4
-    return int(count_parameters(config).total_with_mtp * per_parameter * CHECKPOINT_MARGIN)
 
 
 def _gib(size_bytes: int) -> str:

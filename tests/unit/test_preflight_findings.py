@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megads.config.disk import checkpoint_bytes
 from megads.config.loader import load_config
 from megads.config.resolve import resolve
 from megads.train import preflight
@@ -185,7 +186,7 @@ def disk_findings(monkeypatch: pytest.MonkeyPatch, free_checkpoints: float, **se
     overrides = {f"checkpointing.{name}": value for name, value in settings.items()}
     config = load_config("configs/debug.json", overrides)
     resolved = resolve(config, 1, cuda=False)
-    one = preflight.checkpoint_bytes(config, resolved.precision)
+    one = checkpoint_bytes(config, resolved.precision)
     usage = (0, 0, int(free_checkpoints * one) + 1)
     named = type("Usage", (), {"free": usage[2]})
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: named)
@@ -203,8 +204,8 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
 def test_a_checkpoint_without_optimizer_is_smaller() -> None:
     config = load_config("configs/debug.json", {"checkpointing.save_optimizer": False})
     whole = load_config("configs/debug.json")
-    assert preflight.checkpoint_bytes(config, "bf16") * 7 == pytest.approx(
-        preflight.checkpoint_bytes(whole, "bf16"), abs=10
+    assert checkpoint_bytes(config, "bf16") * 7 == pytest.approx(
+        checkpoint_bytes(whole, "bf16"), abs=10
     )
 
 
