@@ -10,9 +10,7 @@ docs/planning.md says how everything is computed.
 """
 
 import argparse
-import glob
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +29,7 @@ from megads.config.stages import load_stages, select  # noqa: E402
 from megads.config.validate import find_problems  # noqa: E402
 from megads.errors import ConfigError, EnvironmentSetupError, MegadsError  # noqa: E402
 from megads.plan.budget import SPOT_HOURS_BETWEEN_INTERRUPTIONS  # noqa: E402
+from megads.plan.datasets import data_tokens  # noqa: E402
 from megads.plan.findings import Run  # noqa: E402
 from megads.plan.hardware import GPUS, gpu_named  # noqa: E402
 from megads.plan.lint import is_refused, lint  # noqa: E402
@@ -98,37 +97,6 @@ def load_one(arguments: Arguments) -> Config:
         raise ConfigError(f"{path} has several stages, and a plan is of one: --stage with one of {names}")
     stage = stages[0] if arguments.stage is None else select(stages, arguments.stage)
     return stage.config
-
-
-def data_tokens(config: Config) -> dict[str, int]:
-    """Tokens of each source whose datasets are there, from the records that preprocessing left (.json)."""
-    found = {}
-    for source in config.data.sources:
-        path = source.path or os.path.join(config.data.cache_dir, source.subset or source.name)
-        prefixes = [path] if isinstance(path, str) else list(path)
-        records = [record for prefix in prefixes for record in _records(prefix)]
-        tokens = sum(_recorded_tokens(Path(record)) for record in records)
-        if tokens:
-            found[source.name] = tokens
-    return found
-
-
-def _records(prefix: str) -> list[str]:
-    if "://" in prefix:
-        return []  # not fetched for a plan
-    below = os.path.join(glob.escape(prefix), "**", "*.idx")
-    indexes = glob.glob(below, recursive=True) if os.path.isdir(prefix) else [f"{prefix}.idx"]
-    return [index.removesuffix(".idx") + ".json" for index in indexes]
-
-
-def _recorded_tokens(record: Path) -> int:
-    """0 where there is no record, as of a dataset of other tools."""
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0
-    is_record = isinstance(content, dict) and str(content.get("format", "")).startswith("megads-indexed")
-    return int(content["tokens"]) if is_record else 0
 
 
 def check_for_plan(config: Config, world_size: int, cuda: bool) -> list[str]:

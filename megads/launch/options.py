@@ -31,6 +31,8 @@ class Options:
     chain: int | None = None
     script: Path | None = None
     dry_run: bool = False
+    lint: bool = True
+    strict: bool = False
     arguments: tuple[str, ...] = ()
 
 
@@ -79,6 +81,8 @@ def _build_parser(program: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("what").add_argument
     add("--resume", metavar="PATH|latest", help="start from this checkpoint, or from the newest of save_dir")
     add("--dry-run", action="store_true", help="print the commands and scripts, and what would run")
+    add("--strict", action="store_true", help="do not start with settings that the linter warns of either")
+    add("--no-lint", dest="lint", action="store_false", help="start whatever the linter finds")
     return parser
 
 
@@ -91,6 +95,8 @@ def _check_together(options: Options) -> None:
         )
     if slurm and options.hostfile is not None:
         raise ConfigError(f"{slurm[0]} and --hostfile exclude each other: SLURM chooses the hosts")
+    if options.strict and not options.lint:
+        raise ConfigError("--strict and --no-lint exclude each other: leave one of them out")
     if options.chain is not None and options.script is not None:
         raise ConfigError("--chain submits jobs and --write-script submits none: leave one of them out")
 

@@ -1,6 +1,6 @@
 """From the launcher's options to what it will start, everything checked."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -29,8 +29,18 @@ class Start(Protocol):
         """Start it; the exit code."""
 
 
-def prepare(options: Options) -> tuple[Start, str]:
-    """What to start, and for people what would run. Raises a MegadsError for whatever cannot work."""
+@dataclass(frozen=True)
+class Checked:
+    """Stages that can run on so many processes, and for people what would run."""
+
+    stages: tuple[Stage, ...]
+    processes: int
+    cuda: bool
+    shown: str
+
+
+def prepare(options: Options) -> tuple[Start, Checked]:
+    """What to start, and what it would run. Raises a MegadsError for whatever cannot work."""
     config = _stages(options)[0].config
     if _through_slurm(options, config):
         options = replace(options, arguments=(*options.arguments, *_slurm_flags(options, config)))
@@ -48,13 +58,13 @@ def prepare(options: Options) -> tuple[Start, str]:
         hosts, processes = choose_hosts(
             read_hostfile(options.hostfile), options.nodes, options.gpus, options.hostfile
         )
-        shown = _check(options, len(hosts) * processes)
-        return over_ssh(hosts, processes, options.port, options.arguments), shown
+        checked = _check(options, len(hosts) * processes)
+        return over_ssh(hosts, processes, options.port, options.arguments), checked
     processes = options.gpus or planned_processes(_stages(options))[0]
-    shown = _check(options, processes)
+    checked = _check(options, processes)
     if processes == 1:
-        return OnThisMachine(tuple(one_process(options.arguments))), shown
-    return OnThisMachine(tuple(torchrun(processes, options.arguments))), shown
+        return OnThisMachine(tuple(one_process(options.arguments))), checked
+    return OnThisMachine(tuple(torchrun(processes, options.arguments))), checked
 
 
 def _stages(options: Options) -> tuple[Stage, ...]:
@@ -64,8 +74,8 @@ def _stages(options: Options) -> tuple[Stage, ...]:
     return load_stages(arguments.config, arguments.overrides, arguments.origins)
 
 
-def _check(options: Options, processes: int, cuda: bool | None = None) -> str:
-    """The dry run of all stages on so many processes; raises ConfigError where they could not run."""
+def _check(options: Options, processes: int, cuda: bool | None = None) -> Checked:
+    """All stages on so many processes; raises ConfigError where they could not run."""
     stages = _stages(options)
     if cuda is None:
         cuda = planned_processes(stages)[1]
@@ -75,7 +85,7 @@ def _check(options: Options, processes: int, cuda: bool | None = None) -> str:
         if rows := deepspeed_table(stage.config):
             title = f"DeepSpeed's settings{f' in stage {stage.name}' if stage.name else ''}:"
             lines += ["", title, *(f"  {row}" for row in rows)]
-    return "\n".join(lines)
+    return Checked(stages, processes, cuda, "\n".join(lines))
 
 
 def _through_slurm(options: Options, config: Config) -> bool:
@@ -96,18 +106,18 @@ def _slurm_flags(options: Options, config: Config) -> list[str]:
     return flags
 
 
-def _slurm(options: Options) -> tuple[Start, str]:
+def _slurm(options: Options) -> tuple[Start, Checked]:
     stage = _stages(options)[0]
     slurm = stage.config.distributed.slurm
     cuda = slurm.gpus_per_node > 0 and stage.config.distributed.device != "cpu"
-    shown = _check(options, slurm.nodes * slurm_processes_per_node(slurm), cuda)
+    checked = _check(options, slurm.nodes * slurm_processes_per_node(slurm), cuda)
     output = Path(stage.config.output_dir)
     path = options.script or (output.parent if stage.name else output) / "slurm" / "pretrain.sbatch"
     check_script(stage.config, options.arguments)
-    return Submission(stage.config, options.arguments, path, options.chain, options.script is None), shown
+    return Submission(stage.config, options.arguments, path, options.chain, options.script is None), checked
 
 
-def _through_deepspeed(options: Options) -> tuple[Start, str]:
+def _through_deepspeed(options: Options) -> tuple[Start, Checked]:
     nodes = 1
     if options.hostfile is not None:
         hosts, processes = choose_hosts(

@@ -86,6 +86,19 @@ def test_deepspeeds_launcher_gets_its_words(config: Path, tmp_path: Path) -> Non
     assert f'"{ROOT / "pretrain_megads.py"}", "--config", "{config}"]' in words
 
 
+def test_settings_that_waste_a_run_are_refused(config: Path, tmp_path: Path) -> None:
+    unbalanced = ("--no-model.moe.use_aux_loss_free", "--model.moe.balance_loss_type", "none")
+    flags = ("--config", config, *unbalanced, "--training.exit_step", 1)
+    refused = launch(*flags)
+    assert refused.returncode == 2
+    assert "[router-unbalanced; " in refused.stderr
+    assert "nothing was started" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    silent = launch(*flags, "--no-lint")
+    assert silent.returncode == 0, silent.stderr
+    assert "router-unbalanced" not in silent.stderr
+
+
 def test_mistakes_take_one_screen(config: Path, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("a slots=2\na slots=2\n")
     done = launch("--config", config, "--hostfile", tmp_path / "hosts")

@@ -124,7 +124,7 @@ def test_a_chain_can_start_only_while_none_has_finished() -> None:
 
 def test_a_dry_run_says_what_becomes_of_deepspeeds_settings(tmp_path: Path) -> None:
     flags = ("--distributed.deepspeed.enabled", "--distributed.deepspeed.zero_optimization")
-    shown = prepare(parse_options([*DEBUG, *flags, '{"stage": 1, "reduce_bucket_size": 5e8}']))[1]
+    shown = prepare(parse_options([*DEBUG, *flags, '{"stage": 1, "reduce_bucket_size": 5e8}']))[1].shown
     assert "zero_optimization.stage = 1: distributed.zero_stage" in shown
     assert "zero_optimization.reduce_bucket_size = 500000000.0: no counterpart" in shown
 
