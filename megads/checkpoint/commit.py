@@ -25,6 +25,7 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from megads.checkpoint.manifest import (
 from megads.errors import CheckpointError
 
 __all__ = [
-    "CheckpointInfo", "commit", "committed", "create_temporary", "discard", "latest", "newest_good",
+    "CheckpointInfo", "commit", "committed", "create_temporary", "discard", "kept", "latest", "newest_good",
     "phase", "prune", "quarantine", "read_record", "remove_leftovers", "verify",
 ]  # fmt: skip
 
@@ -267,14 +268,19 @@ def remove_leftovers(directory: Path) -> list[Path]:
 
 
 def prune(
-    directory: Path | str, keep_last_n: int, keep_best: bool = False, hashed: CheckpointInfo | None = None
+    directory: Path | str,
+    keep_last_n: int,
+    keep_best: bool = False,
+    hashed: CheckpointInfo | None = None,
+    spared: Path | None = None,
 ) -> list[Path]:
     """Deletes old checkpoints; returns the ones deleted.
 
     Kept: the newest `keep_last_n` that are sound (0: all), and with `keep_best` the sound one with
     the lowest finite `metrics["validation_loss"]`. Sound means manifest, file list and sizes; the
     newest must pass in full, contents too, unless it is `hashed`, which its writers have just read
-    back. If the newest is not sound nothing is deleted. Damaged ones are left for `newest_good`.
+    back. If the newest is not sound nothing is deleted. Damaged ones are left for `newest_good`, and
+    `spared`, which someone is reading, for the next time.
     """
     directory = Path(directory)
     if keep_last_n == 0:
@@ -289,10 +295,8 @@ def prune(
                 logger.warning("no old checkpoint is deleted, as the newest is damaged: %s", error)
                 return []
             logger.warning("a damaged checkpoint does not count as kept: %s", error)
-    keep = {info for info, _ in sound[:keep_last_n]}
-    if keep_best and (best := _best(sound)):
-        keep.add(best)
-    doomed = [info.path for info, _ in reversed(sound) if info not in keep]
+    keep = {info for info, _ in kept(sound, keep_last_n, keep_best)}
+    doomed = [info.path for info, _ in reversed(sound) if info not in keep and info.path != spared]
     if sound:
         doomed += _overtaken(directory, sound[0][0].step)
     for path in doomed:
@@ -300,10 +304,22 @@ def prune(
     return doomed
 
 
-def _best(sound: list[tuple[CheckpointInfo, Manifest]]) -> CheckpointInfo | None:
-    """Lowest validation loss; of equals the newest."""
-    scored = [(m.metrics[BEST_METRIC], info) for info, m in sound if m.metrics.get(BEST_METRIC) is not None]
-    return min(scored, key=lambda pair: (pair[0], -pair[1].step))[1] if scored else None
+def kept[T](
+    found: Sequence[tuple[T, Manifest]], keep_last_n: int, keep_best: bool
+) -> list[tuple[T, Manifest]]:
+    """Of checkpoints, newest first, those that retention keeps: `keep_last_n` (0: all) and the best.
+
+    The best has the lowest finite validation loss; of equals it is the newest.
+    """
+    newest = list(found[: keep_last_n or None])
+    scored = [
+        (loss, number)
+        for number, (_, manifest) in enumerate(found)
+        if (loss := manifest.metrics.get(BEST_METRIC)) is not None
+    ]
+    if keep_best and scored and (best := min(scored)[1]) >= len(newest):
+        newest.append(found[best])
+    return newest
 
 
 def _overtaken(directory: Path, newest_step: int) -> list[Path]:

@@ -25,10 +25,11 @@ from megads.checkpoint import commit
 from megads.checkpoint.commit import CheckpointInfo
 from megads.checkpoint.lease import LEASE_NAME, DirectoryLease
 from megads.checkpoint.manifest import MANIFEST_NAME, FileEntry, Hasher, build_manifest, read_manifest, verify
+from megads.checkpoint.mirror import CheckpointMirror
 from megads.checkpoint.pickles import check_pickles, refuse_unsafe_environment
 from megads.checkpoint.ranks import Ranks
 from megads.checkpoint.sharded import PlannedSave, load_sharded, plan_save
-from megads.errors import CheckpointError, TrainingError
+from megads.errors import CheckpointError, RunStopped, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class CheckpointStore:
     """The checkpoints of one directory; it must be on a file system that all ranks share.
 
     `keep_last_n`: newest checkpoints kept, 0 for all; `keep_best`: also the one with the lowest
-    `metrics["validation_loss"]`. `group`: a gloo group over all ranks; without it one is made.
+    `metrics["validation_loss"]`. `group`: a gloo group over all ranks; without it one is made. Rank 0
+    sends what is committed to the `mirror`, and restores from it.
     Takes the directory's lease; CheckpointError where another job holds it.
     """
 
@@ -64,8 +66,10 @@ class CheckpointStore:
         async_save: bool = True,
         group: dist.ProcessGroup | None = None,
         max_failures: int = 3,
+        mirror: CheckpointMirror | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()
+        self._mirror = mirror
         self.last_saved: CheckpointInfo | None = None
         self._keep_last_n, self._keep_best = keep_last_n, keep_best
         self._async_save, self._max_failures = async_save, max_failures
@@ -89,16 +93,20 @@ class CheckpointStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self.close(abandon=kind is not None)
+        # All ranks agreed on a stop: they come here together, as at the end of a run.
+        self.close(abandon=kind is not None and not issubclass(kind, RunStopped))
 
     def _open_directory(self) -> bytes:
         """Rank 0: takes the lease; returns what its file says."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lease = DirectoryLease(self.directory)
-            return self._lease.path.read_bytes()
+            lease = self._lease.path.read_bytes()
         except OSError as error:
             raise CheckpointError(f"{self.directory}: cannot be used for checkpoints: {error}") from error
+        if self._mirror is not None:
+            self._mirror.store.check()
+        return lease
 
     def _check_shared(self, lease: bytes) -> None:
         """Every rank must find rank 0's lease in the directory, or it is not the same one."""
@@ -175,7 +183,7 @@ class CheckpointStore:
         return info
 
     def close(self, abandon: bool = False) -> None:
-        """Finishes what is under way and gives the lease back.
+        """Finishes what is under way, waits a bounded time for the mirror, and gives the lease back.
 
         `abandon`: without any collective and without a commit, for the way out of a failed run,
         where other ranks may be gone; the half-written save is removed by the next run.
@@ -183,13 +191,21 @@ class CheckpointStore:
         try:
             if not abandon:
                 self.wait()
+                self._finish_mirror()
         finally:
+            if self._mirror is not None:
+                self._mirror.stop()
             self._threads.shutdown(wait=not abandon, cancel_futures=True)
             self._pending = None
             if self._lease is not None:
                 self._lease.release()
                 self._lease = None
             self._ranks.close()
+
+    def _finish_mirror(self) -> None:
+        # Collective: a launcher ends the job, with rank 0 in it, when another rank has stopped.
+        if (mirror := self._mirror) is not None:
+            self._ranks.first(lambda: mirror.finish(self.directory))
 
     def _prepare(self, step: int, save_id: str) -> Path:
         commit.remove_leftovers(self.directory)
@@ -212,10 +228,14 @@ class CheckpointStore:
         self._failures = 0
         self.last_saved = info
         if self._ranks.rank == 0:
-            self._pruning = self._threads.submit(
-                commit.prune, self.directory, self._keep_last_n, self._keep_best, hashed=info
-            )
+            if self._mirror is not None:
+                self._mirror.update(self.directory)
+            self._pruning = self._threads.submit(self._prune, info)
         return info
+
+    def _prune(self, hashed: CheckpointInfo) -> list[Path]:
+        spared = self._mirror.uploading if self._mirror is not None else None
+        return commit.prune(self.directory, self._keep_last_n, self._keep_best, hashed, spared)
 
     def _commit_or_discard(self, pending: _Pending, gathered: list[_Outcome]) -> CheckpointInfo:
         try:
@@ -269,8 +289,8 @@ class CheckpointStore:
     def find(self, source: str | Path = "latest") -> CheckpointInfo | None:
         """The checkpoint to load, verified; collective.
 
-        `source`: "latest" of this directory (None where it has none), a checkpoint, or another
-        directory of checkpoints. Falls back past damaged ones, which are set aside if the directory
+        `source`: "latest" of this directory or its mirror (None where there is none), a checkpoint, or
+        another directory of checkpoints. Falls back past damaged ones, which are set aside if the directory
         is ours; CheckpointError where nothing good is left. Read its `record` next
         (`commit.read_record`), to build the model that `load` fills.
         """
@@ -290,10 +310,22 @@ class CheckpointStore:
         refuse_unsafe_environment()
         path = self.directory if source == "latest" else Path(source).absolute()
         if path == self.directory:
-            return commit.newest_good(path, hasher)
+            return self._newest(hasher)
         if path.is_dir() and not (path / MANIFEST_NAME).exists() and commit.latest(path):
             return commit.newest_good(path, hasher, move_bad=False)
         return CheckpointInfo(verify(path, hasher).step, 1, path)
+
+    def _newest(self, hasher: Hasher) -> CheckpointInfo | None:
+        if self._mirror is None:
+            return commit.newest_good(self.directory, hasher)
+        try:
+            local, failure = commit.newest_good(self.directory, hasher), None
+        except CheckpointError as error:
+            local, failure = None, error
+        restored = self._mirror.restore(self.directory, local, hasher)
+        if restored is None and failure is not None:
+            raise failure
+        return restored or local
 
     def load(
         self, source: str | Path, sharded_state_dict: dict[str, Any]

@@ -639,6 +639,29 @@ class Distributed(Section):
     slurm: Slurm = Slurm()
 
 
+class Mirror(Section):
+    """Copies of the checkpoints in an object store, for machines that come and go; see docs/spot.md."""
+
+    url: str | None = setting(
+        None, "where: s3://bucket/run (`pip install megads[s3]`) or another URL of fsspec's; one for each run"
+    )
+    keep_last_n: int = setting(2, "newest checkpoints kept there; 0: all", ge=0)
+    keep_best: bool = setting(True, "also keep the one with the lowest validation loss there")
+    wait_seconds: float = setting(
+        600.0, "how long the end of a run waits for what is not sent yet", unit="seconds", ge=0, le=3000
+    )
+
+
+class Preemption(Section):
+    """Notices that this machine will be taken away: the run saves and stops; see docs/spot.md."""
+
+    notice: str | None = setting(
+        None, "what to ask: aws, gcp, azure (their metadata services), or a URL that answers 200 on notice"
+    )
+    command: tuple[str, ...] = setting((), "program and arguments that exit with 0 on notice")
+    interval_seconds: float = setting(5.0, "time between two questions", unit="seconds", gt=0)
+
+
 class Checkpointing(Section):
     """Where checkpoints go, which are kept, and what a run starts from."""
 
@@ -667,6 +690,8 @@ class Checkpointing(Section):
     save_optimizer: bool = setting(True, "save the optimizer; without it a resume starts it afresh")
     save_scheduler: bool = setting(True, "save step, tokens and schedules; false is refused")
     async_save: bool = setting(True, "write in the background", flags=("--async-save",))
+    mirror: Mirror = Mirror()
+    preemption: Preemption = Preemption()
 
 
 class Wandb(Section):

@@ -127,7 +127,9 @@ def _told(names: list[str], problem: str) -> str:
 
 def _stage(name: str, config: Config, has_own_title: bool, before: Stage | None) -> Stage:
     """The configuration of one stage: its own places, its start from the stage before it."""
-    places = {"save_dir": _below(config.checkpointing.save_dir, name)}
+    places: dict[str, object] = {"save_dir": _below(config.checkpointing.save_dir, name)}
+    mirror = config.checkpointing.mirror
+    places["mirror"] = mirror.model_copy(update={"url": _below(mirror.url, name)})
     if before is not None:
         places["init_from"] = checkpoint_directory(before.config)
     tensorboard = config.logging.tensorboard

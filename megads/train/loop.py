@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megads.checkpoint import commit
+from megads.checkpoint.mirror import build_mirror
 from megads.checkpoint.store import CheckpointStore
 from megads.config.flops import training_flops_per_token
 from megads.config.resolve import Resolved
@@ -56,6 +57,7 @@ def train(config: Config, resolved: Resolved) -> bool:
         keep_last_n=config.checkpointing.keep_last_n,
         keep_best=config.checkpointing.keep_best,
         async_save=config.checkpointing.async_save,
+        mirror=build_mirror(config.checkpointing.mirror),
     ) as store:
         run = Run(config, resolved, store)
         try:
@@ -143,7 +145,7 @@ class Run:
         last_step = self.resolved.train_steps
         if self.config.training.exit_step is not None:
             last_step = min(last_step, self.config.training.exit_step)
-        self.stop = StopRequest()
+        self.stop = StopRequest(self.config.checkpointing.preemption)
         profiler = StepProfiler(
             self.config.logging.profile,
             Path(self.config.output_dir) / "profile",

@@ -1,4 +1,5 @@
-"""Stop requests from outside: SIGTERM (a scheduler), SIGINT (a person), SIGUSR1 (a time limit)."""
+"""Stop requests from outside: SIGTERM (a scheduler), SIGINT (a person), SIGUSR1 (a time limit), a notice
+that the machine will be taken away (`launch.notice`)."""
 
 import math
 import os
@@ -8,17 +9,25 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from megads.config.schema import Preemption
+from megads.launch.notice import NoticeWatch, build_check
+
+NOTICE = 1000  # beyond all signals
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first stop signal; all ranks learn of it at the same step.
+    """Remembers the first stop signal or notice; all ranks learn of it at the same step.
 
+    Of each machine one process, local rank 0, asks for notices as `preemption` says.
     A second SIGINT ends the process at once, as a person who presses Ctrl-C twice expects.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, preemption: Preemption = Preemption()) -> None:  # noqa: B008  # it is frozen
         self._received: int | None = None
+        check = build_check(preemption.notice, preemption.command)
+        asks = check is not None and os.environ.get("LOCAL_RANK", "0") == "0"
+        self._watch = NoticeWatch(check, preemption.interval_seconds) if check and asks else None
         # Its own gloo group: asking costs no wait for the device's queue.
         self._group = dist.new_group(backend="gloo")
         self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
@@ -29,9 +38,12 @@ class StopRequest:
         self._received = number
 
     def agreed(self) -> str | None:
-        """The name of the signal that any rank received, else None; collective."""
-        flag = torch.tensor([self._received or 0], dtype=torch.int32, device="cpu")
+        """The name of the signal that any rank received, or "preemption notice", else None; collective."""
+        noticed = self._watch is not None and self._watch.noticed.is_set()
+        flag = torch.tensor([NOTICE if noticed else self._received or 0], dtype=torch.int32, device="cpu")
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        if int(flag) == NOTICE:
+            return "preemption notice"
         return signal.Signals(int(flag)).name if flag else None
 
     def largest(self, value: float) -> float:
@@ -45,6 +57,8 @@ class StopRequest:
         return float(tensor)
 
     def close(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Give the signals back to whom they belonged, and ask for no notices."""
+        if self._watch is not None:
+            self._watch.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,0 +1,211 @@
+"""The supervisor, with small programs in place of training: what is tried again, and what is left over."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megads.config.schema import Config
+from megads.errors import BudgetReached, ConfigError, DataError, RunStopped, TrainingError
+from megads.launch.supervisor import Ended, Policy, describe_run, progress
+from tests.e2e.commands import ROOT
+
+# Saves a checkpoint each time it runs, and is finished with its last.
+TRAINS = """
+import os, pathlib, signal, sys
+d = pathlib.Path(sys.argv[1]); last = int(sys.argv[2])
+step = len(list(d.glob("step_*"))) + 1
+(d / f"step_{step:08d}").mkdir(parents=True)
+(d / f"step_{step:08d}" / "COMMIT.json").write_text("{}")
+print("load", [a for a in sys.argv if "load" in a], flush=True)
+if step < last:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def supervise(*command: object, checkpoints: Path, tries: int = 3, stop: float = 30) -> list[str]:
+    options = [
+        "--checkpoints",
+        checkpoints,
+        "--tries",
+        tries,
+        "--backoff-seconds",
+        0.05,
+        "--stop-seconds",
+        stop,
+    ]
+    return [sys.executable, str(ROOT / "tools" / "supervise.py"), *map(str, [*options, "--", *command])]
+
+
+def run(*command: object, checkpoints: Path, tries: int = 3) -> subprocess.CompletedProcess[str]:
+    words = supervise(sys.executable, "-c", *command, checkpoints=checkpoints, tries=tries)
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_killed_twice_it_finishes(tmp_path: Path) -> None:
+    done = run(TRAINS, tmp_path, 3, checkpoints=tmp_path, tries=1)
+    assert done.returncode == 0, done.stderr
+    assert progress([tmp_path]) == (0, 3)
+    assert done.stderr.count("ended by SIGKILL") == 2
+    assert "finished after 3 tries" in done.stderr
+
+
+def test_without_progress_it_is_given_up(tmp_path: Path) -> None:
+    """With the last lines of the error, and longer and longer pauses."""
+    done = run("import sys; print('the disk', 'is gone', file=sys.stderr); sys.exit(1)", checkpoints=tmp_path)
+    assert done.returncode == TrainingError.exit_code
+    assert done.stderr.count("the disk is gone") == 4, "three tries, and the report"
+    assert "3 tries in a row saved no later checkpoint" in done.stderr
+
+
+def test_pauses_double_up_to_the_longest() -> None:
+    policy = Policy(backoff_seconds=10, longest_backoff_seconds=60)
+    assert [policy.backoff(tries) for tries in (0, 1, 2, 3, 4, 1000)] == [10, 10, 20, 40, 60, 60]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, DataError, BudgetReached])
+@pytest.mark.parametrize("through_a_launcher", [False, True])
+def test_mistakes_are_not_tried_again(tmp_path: Path, kind: type, through_a_launcher: bool) -> None:
+    """torchrun makes 1 of every exit code, so the error's own line counts."""
+    code = 1 if through_a_launcher else kind.exit_code
+    program = (
+        f"import sys; print('{kind.__name__}: no', file=sys.stderr); print('report\\n' * 90, file=sys.stderr)"
+    )
+    done = run(f"{program}; sys.exit({code})", checkpoints=tmp_path)
+    assert done.returncode == kind.exit_code
+    assert done.stderr.count("try ") == 1
+
+
+def test_a_stop_of_its_own_is_tried_again(tmp_path: Path) -> None:
+    """Another machine of the job was taken away: this one goes on, as long as there is progress."""
+    done = run(f"import sys; sys.exit({RunStopped.exit_code})", checkpoints=tmp_path, tries=2)
+    assert done.returncode == TrainingError.exit_code
+    assert "stopped before its end" in done.stderr
+
+
+WAITS = """
+import os, signal, subprocess, sys, time
+def stop(number, frame):
+    print("RunStopped: saved", file=sys.stderr, flush=True)
+    sys.exit(75)
+signal.signal(signal.{name}, stop)
+open(sys.argv[1], "w").write(str(os.getpid()))
+while True:
+    time.sleep(0.05)
+"""
+# As torchrun: the worker is in a session of its own, and SIGUSR1 would end the launcher.
+LAUNCHES = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], start_new_session=True)
+sys.exit(1 if worker.wait() else 0)
+"""
+
+
+def started(file: Path) -> int:
+    deadline = time.monotonic() + 30
+    while not file.exists() or not file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return int(file.read_text())
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_signals_are_passed_on(tmp_path: Path, name: str) -> None:
+    program = WAITS.format(name=name)
+    inside = [sys.executable, "-c", program, tmp_path / "pid"]
+    if name == "SIGUSR1":
+        inside = [sys.executable, "-c", LAUNCHES, program, tmp_path / "pid"]
+    process = subprocess.Popen(supervise(*inside, checkpoints=tmp_path), stderr=subprocess.PIPE, text=True)
+    pid = started(tmp_path / "pid")
+    process.send_signal(signal.Signals[name])
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == RunStopped.exit_code, text
+    assert gone(pid)
+
+
+def test_no_process_is_left_behind(tmp_path: Path) -> None:
+    """A launcher that was killed leaves its worker, in a session of its own, to the supervisor."""
+    worker = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = (
+        "import os, signal, subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
+        f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.02)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = run(program, checkpoints=tmp_path, tries=1)
+    assert done.returncode == TrainingError.exit_code
+    assert gone(started(tmp_path / "pid"))
+
+
+def test_who_does_not_stop_is_ended_by_force(tmp_path: Path) -> None:
+    program = f"""
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+time.sleep(600)
+"""
+    command = supervise(sys.executable, "-c", program, checkpoints=tmp_path, stop=0.3)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    pid = started(tmp_path / "pid")
+    process.terminate()
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, text
+    assert "by force" in text
+    assert gone(pid)
+
+
+def test_the_run_ends_with_its_supervisor(tmp_path: Path) -> None:
+    program = WAITS.format(name="SIGTERM")
+    process = subprocess.Popen(
+        supervise(sys.executable, "-c", program, tmp_path / "pid", checkpoints=tmp_path),
+        stderr=subprocess.PIPE,
+    )
+    pid = started(tmp_path / "pid")
+    process.kill()
+    process.wait(timeout=30)
+    deadline = time.monotonic() + 30
+    while not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_progress_counts_stages_first(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert progress([a, b]) == (-1, -1)
+    for directory, name in ((a, "step_00000900"), (a, "step_00000100-2"), (a, "step_00000950.bad")):
+        (directory / name).mkdir(parents=True)
+        (directory / name / "COMMIT.json").write_text("{}")
+    assert progress([a, b]) == (0, 900)
+    (b / "step_00000001").mkdir(parents=True)
+    assert progress([a, b]) == (0, 900), "not committed"
+    (b / "step_00000001" / "COMMIT.json").write_text("{}")
+    assert progress([a, b]) == (1, 1)
+
+
+def test_what_a_command_says_of_itself(tmp_path: Path) -> None:
+    flags = ["--output_dir", str(tmp_path), "--checkpointing.preemption.notice", "aws"]
+    run = describe_run(["torchrun", "--nproc-per-node", "2", "pretrain_megads.py", *flags])
+    assert run.directories == (tmp_path / "checkpoints",)
+    assert run.preemption.notice == "aws"
+    assert run.again == ("--checkpointing.load=latest",)
+    assert describe_run(["tools/run_training.py", "--gpus", "2", *flags]).again == ("--resume", "latest")
+    with pytest.raises(ConfigError, match="--checkpoints"):
+        describe_run(["python", "other.py"])
+    with pytest.raises(ConfigError, match="SLURM"):
+        describe_run(["tools/run_training.py", "--submit", *flags])
+    assert Config().checkpointing.preemption.notice is None
+
+
+def test_errors_of_a_host_and_a_rank_are_read() -> None:
+    assert Ended(1, ("node3: rank 5: DataError: bad", "node3: Traceback", "x")).error is DataError
+    assert Ended(1, ("a DataError happened",)).error is None
+    assert Ended(RunStopped.exit_code, ()).error is RunStopped
+    assert Ended(137, ()).error is None
