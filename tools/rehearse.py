@@ -15,15 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megads.command_line import run_tool
 from megads.config.loader import load_config
 from megads.config.rehearsal import rehearsal
 from megads.config.resolve import planned_hardware, run_length
 from megads.config.validate import check
-from megads.errors import MegadsError
 
 
-def main(argv: list[str]) -> int:
-    """The exit code."""
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,28 +31,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="length of the run")
     parser.add_argument("--batch-size", type=int, default=20, help="sequences per step at the end")
     parser.add_argument("--output", required=True, type=Path, help="the configuration to write")
-    arguments = parser.parse_args(argv)
-    try:
-        write(arguments.recipe, arguments.like, arguments.tokens, arguments.batch_size, arguments.output)
-    except MegadsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return parser.parse_args(arguments)
 
 
-def write(recipe_path: str, like_path: str, tokens: int, batch_size: int, output: Path) -> None:
+def run(options: argparse.Namespace) -> None:
     """Write the configuration; one that cannot run is refused, and the file left out."""
-    recipe, like = load_config(recipe_path), load_config(like_path)
-    settings = rehearsal(recipe, like, tokens, batch_size)
+    recipe, like = load_config(options.recipe), load_config(options.like)
+    settings = rehearsal(recipe, like, options.tokens, options.batch_size)
     name = f"{recipe.experiment_name}_rehearsal"
     settings |= {"experiment_name": name, "output_dir": f"outputs/{name}"}
-    config = load_config(like_path, settings)
+    config = load_config(options.like, settings)
     check(config, planned_hardware(config)[0], cuda=False)
-    extends = os.path.relpath(Path(like_path).resolve(), output.resolve().parent)
+    extends = os.path.relpath(Path(options.like).resolve(), options.output.resolve().parent)
     content = {"extends": extends} | _nested(settings)
-    output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     planned, steps = run_length(recipe)[0], run_length(config)[1]
-    print(f"{output}: the {planned:,} tokens of {recipe.experiment_name} in {tokens:,}, {steps:,} steps")
+    tokens = f"the {planned:,} tokens of {recipe.experiment_name} in {options.tokens:,}"
+    print(f"{options.output}: {tokens}, {steps:,} steps")
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,5 +61,9 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def main(arguments: list[str] | None = None) -> int:
+    return run_tool(lambda: run(parse_arguments(arguments)))
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

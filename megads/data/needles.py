@@ -96,7 +96,9 @@ def woven_text(sentences: Sequence[str], statement: str, reach_words: int, words
     """A text of at least `words` words: random sentences, and again and again a fact and its questions.
 
     Up to about `reach_words` words lie between a fact and its question, and between one question and the
-    next: as often 1 to 3 as 10 to 30 of them. The answer is always the last value before.
+    next: half of the time any number as often as another, so that the farthest occur too, half of the time as
+    often 1 to 3 as 10 to 30 of them, without which nothing is learned at first. The answer is always the
+    last value before.
     """
     parts: list[str] = []
     length = 0
@@ -110,7 +112,8 @@ def woven_text(sentences: Sequence[str], statement: str, reach_words: int, words
         fact = Fact(statement, random.choice(NAMES), random.choice(VALUES))
         add(fact.text)
         for _ in range(random.randint(1, MOST_QUESTIONS)):
-            asked_at = length + reach_words ** random.random() - 1
+            far = random.random() < 0.5
+            asked_at = length + (reach_words * random.random() if far else reach_words ** random.random() - 1)
             while length < asked_at - MAX_WORDS / 2:
                 add(random.choice(sentences))
             add(fact.text)

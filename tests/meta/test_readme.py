@@ -14,7 +14,7 @@ from megads.config.flags import parse_flags
 from megads.config.flops import count_parameters
 from megads.config.jsonc import parse_jsonc
 from megads.config.loader import load_config
-from megads.config.stages import load_stages
+from megads.config.stages import load_stages, planned_processes
 from megads.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,9 @@ def check_training(words: list[str]) -> None:
     )
     stages = load_stages(ROOT / (arguments.config or ""), arguments.overrides, arguments.origins)
     launched = option(words[:at], "--nnodes") * option(words[:at], "--nproc-per-node")
-    assert show.dry_run_stages(stages, arguments.world_size or launched, cuda=True)
+    if arguments.dry_run:  # of as many processes as the configuration is for, unless it says
+        launched = planned_processes(stages, arguments.world_size)[0]
+    assert show.dry_run_stages(stages, launched, cuda=True)
 
 
 def check_command(words: list[str]) -> None:
