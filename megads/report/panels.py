@@ -83,6 +83,11 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Peak memory", ("peak_memory_bytes",), "GiB", per_unit=GIB, style="exact"),
         Panel("Share of memory in use", ("memory_share",), percent=True, style="exact"),
+        Panel(
+            "Time of the jobs", ("job_seconds",), "h", per_unit=3600.0, style="exact",
+            about="So far, with start, evaluation and saves",
+        ),
+        Panel("Cost", ("cost",), about="So far, at the prices of the budget", style="exact"),
     ),
     "Experts": (
         Panel(
