@@ -136,12 +136,17 @@ def machine_facts(config: Config, device: str) -> dict[str, str]:
     if device == "cuda":
         facts["the GPU"] = torch.cuda.get_device_name()
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-        if driver := re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", _read_text(DRIVER_FILE)):
-            facts["the NVIDIA driver"] = driver[1]
+        facts["the NVIDIA driver"] = driver_version(_read_text(DRIVER_FILE))
     facts["the configuration (hash)"] = hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:12]
     if os.environ.get("LOCAL_RANK", "0") == "0":
         facts["the code of MegaDS (hash)"] = code_hash()
     return facts
+
+
+def driver_version(text: str) -> str:
+    """From what the driver says in /proc, whether its module is the open or the closed one."""
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", text)
+    return found[1] if found else "unknown"
 
 
 def code_hash() -> str:

@@ -1,6 +1,7 @@
 """Mismatches and outliers among the machines of a job: found by host, and only where there are any."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -193,7 +194,7 @@ def disk_findings(monkeypatch: pytest.MonkeyPatch, free_checkpoints: float, **se
     return [finding.kind for finding in preflight.free_disk_findings(config, resolved)]
 
 
-def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = {"save_dir": str(tmp_path)}
     assert disk_findings(monkeypatch, 0.9, **place) == ["error"]
     assert disk_findings(monkeypatch, 3, keep_last_n=5, **place) == ["warning"]
@@ -204,17 +205,25 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
 def test_a_checkpoint_without_optimizer_is_smaller() -> None:
     config = load_config("configs/debug.json", {"checkpointing.save_optimizer": False})
     whole = load_config("configs/debug.json")
-    assert checkpoint_bytes(config, "bf16") * 7 == pytest.approx(
-        checkpoint_bytes(whole, "bf16"), abs=10
-    )
+    assert checkpoint_bytes(config, "bf16") * 7 == pytest.approx(checkpoint_bytes(whole, "bf16"), abs=10)
 
 
-def test_the_hash_of_the_code_is_of_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_the_hash_of_the_code_is_of_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     package = type("Package", (), {"__file__": f"{tmp_path}/__init__.py"})
     monkeypatch.setattr(preflight, "megads", package)
-    from pathlib import Path
-
     Path(package.__file__).write_text("a = 1\n")
     first = preflight.code_hash()
     Path(package.__file__).write_text("a = 2\n")
     assert preflight.code_hash() != first
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12", "535.183.01"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build", "580.65.06"),
+        ("", "unknown"),
+    ],
+)
+def test_the_version_of_the_driver(text: str, version: str) -> None:
+    assert preflight.driver_version(text) == version
