@@ -112,7 +112,7 @@ def test_mistake() -> None:
 
 def test_watch_outlives_a_service_that_is_away(server: Metadata, caplog: pytest.LogCaptureFixture) -> None:
     """Its failures are told once, and a notice that comes later is noticed."""
-    answers = iter([OSError("away"), OSError("away"), False, True])
+    answers: Iterator[OSError | bool] = iter([OSError("away"), OSError("away"), False, True])
 
     def check() -> bool:
         answer = next(answers)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from megads.config.schema import Config
-from megads.errors import BudgetReached, ConfigError, DataError, RunStopped, TrainingError
+from megads.errors import BudgetReached, ConfigError, DataError, MegadsError, RunStopped, TrainingError
 from megads.launch.supervisor import Ended, Policy, describe_run, progress
 from tests.e2e.commands import ROOT
 
@@ -69,7 +69,9 @@ def test_pauses_double_up_to_the_longest() -> None:
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, BudgetReached])
 @pytest.mark.parametrize("through_a_launcher", [False, True])
-def test_mistakes_are_not_tried_again(tmp_path: Path, kind: type, through_a_launcher: bool) -> None:
+def test_mistakes_are_not_tried_again(
+    tmp_path: Path, kind: type[MegadsError], through_a_launcher: bool
+) -> None:
     """torchrun makes 1 of every exit code, so the error's own line counts."""
     code = 1 if through_a_launcher else kind.exit_code
     program = (
