@@ -1,17 +1,20 @@
-"""DeepSpeed's settings in Megatron-Core's terms: an enabled block must say the same as the rest.
+"""DeepSpeed's settings in Megatron-Core's terms.
 
-The values of `distributed.deepspeed` (and of the JSON file it names) are compared with the settings
-that act here; a contradiction, an unknown key and a feature without a counterpart are problems, each with
-the setting that is nearest. What only tunes DeepSpeed's own buffers has no meaning under Megatron-Core and
-is reported as a note. Names: https://www.deepspeed.ai/docs/config-json/.
+What an enabled `distributed.deepspeed` block (and the JSON file it names) says becomes the value of the
+setting that acts here, unless that is given too. Then both must agree: a contradiction, an unknown key and
+a feature without a counterpart are problems, each with the setting that is nearest. What only tunes
+DeepSpeed's own buffers has no meaning under Megatron-Core and is reported as a note. Names:
+https://www.deepspeed.ai/docs/config-json/.
 """
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from megads.config.jsonc import parse_jsonc
 from megads.config.schema import Config
+from megads.config.tree import leaf_by_path
 from megads.errors import ConfigError
 
 BLOCK = "distributed.deepspeed"
@@ -49,12 +52,39 @@ _NEAREST = {
 }
 
 
+def translated(block: Any) -> dict[str, tuple[Any, str]]:
+    """Dotted setting of ours to (value, where it is from), of a block as it stands in a file.
+
+    Empty where it is not enabled. Mistakes in it are left to `deepspeed_problems`.
+    """
+    if not isinstance(block, dict) or block.get("enabled") is not True:
+        return {}
+    try:
+        given = _given(block)
+    except ConfigError:
+        return {}
+    counterparts = _counterparts(Config(), None)
+    found: dict[str, tuple[Any, str]] = {}
+    for key, (value, where) in given.items():
+        path = counterparts[key][0] if key in counterparts and value != "auto" else ""
+        origin = f"{where}.{key}"
+        if key == "optimizer.params.betas" and isinstance(value, list) and len(value) == 2:
+            found["training.adam_beta1"], found["training.adam_beta2"] = ((v, origin) for v in value)
+        elif key == "zero_optimization.offload_optimizer.device":
+            found[path] = (value != "none", origin)
+        elif path in leaf_by_path():
+            found[path] = (_comparable(value), origin)
+    if found.get("training.use_fp16", (False, ""))[0] is True:
+        found.setdefault("training.use_bf16", (False, found["training.use_fp16"][1]))
+    return found
+
+
 def deepspeed_problems(config: Config, accumulation_steps: int | None) -> tuple[list[str], list[str]]:
     """(problems, notes) of an enabled block; `accumulation_steps`: those of this run, if known."""
     if not config.distributed.deepspeed.enabled:
         return [], []
     try:
-        given = _given(config)
+        given = _given(config.distributed.deepspeed.model_dump())
     except ConfigError as error:
         return [str(error)], []
     counterparts = _counterparts(config, accumulation_steps)
@@ -81,7 +111,7 @@ def deepspeed_table(config: Config) -> list[str]:
     return [
         f"{key} = {value!r}: "
         + (counterparts[key][0] if key in counterparts else "no counterpart, tunes DeepSpeed's own code")
-        for key, (value, _) in _given(config).items()
+        for key, (value, _) in _given(config.distributed.deepspeed.model_dump()).items()
     ]
 
 
@@ -125,13 +155,13 @@ def _counterparts(config: Config, accumulation_steps: int | None) -> dict[str, t
     }  # fmt: skip
 
 
-def _given(config: Config) -> dict[str, tuple[Any, str]]:
+def _given(block: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Dotted DeepSpeed key to (value, where): of the file first, then of the block."""
-    block = config.distributed.deepspeed
     given: dict[str, tuple[Any, str]] = {}
-    if block.config_file is not None:
-        given |= _flat(_read(Path(block.config_file)), block.config_file)
-    inline = block.model_dump(exclude={"enabled", "config_file"}, exclude_none=True)
+    if (file := block.get("config_file")) is not None:
+        given |= _flat(_read(Path(file)), file)
+    of_deepspeed = {name: value for name, value in block.items() if name not in ("enabled", "config_file")}
+    inline = {name: value for name, value in of_deepspeed.items() if value is not None}
     for key, (value, where) in _flat(inline, BLOCK).items():
         if key in given and given[key][0] != value:
             raise ConfigError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megads.config.deepspeed import translated
 from megads.config.explain import expected_value, explain, nearest_settings
 from megads.config.jsonc import parse_jsonc
 from megads.config.schema import Config, Section
@@ -80,6 +81,7 @@ class Loading:
             loading._add(layer, name)
         for dotted, value in overrides.items():
             loading._add(_nested(dotted, value), origins.get(dotted, f"--{dotted}"))
+        loading._add_deepspeed()
         return loading
 
     def _files(self, path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -105,6 +107,14 @@ class Loading:
         """Puts one file or one flag on top of what is there."""
         self._relocate(layer, origin)
         self._section(layer, Config, self.values, "", origin)
+
+    def _add_deepspeed(self) -> None:
+        """What DeepSpeed's settings say, where ours are silent."""
+        distributed = self.values.get("distributed")
+        block = distributed.get("deepspeed") if isinstance(distributed, dict) else None
+        for path, (value, where) in translated(block).items():
+            if path not in self.origin:
+                self._add(_nested(path, value), where)
 
     def _relocate(self, layer: dict[str, Any], origin: str) -> None:
         """Settings that the guide has in another section go to ours."""

@@ -1,5 +1,6 @@
-"""An enabled DeepSpeed block agrees with the rest, or is refused."""
+"""What an enabled DeepSpeed block says holds where ours is silent; a contradiction is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,25 @@ import pytest
 
 from megads.config.deepspeed import deepspeed_problems
 from megads.config.loader import load_config
+from megads.errors import ConfigError
 
 BLOCK = "distributed.deepspeed."
 
 
+# Our defaults, given: what DeepSpeed's settings have to agree with.
+OURS = {
+    "training.grad_clip": 1.0,
+    "training.use_fp16": False,
+    "training.use_bf16": True,
+    "training.optimizer": "adamw",
+    "distributed.zero_stage": 1,
+    "distributed.overlap_grad_reduce": True,
+    "distributed.zero_offload": False,
+}
+
+
 def problems(accumulation_steps: int | None = None, **block: Any) -> list[str]:
-    overrides = {f"{BLOCK}{name}": value for name, value in ({"enabled": True} | block).items()}
+    overrides = OURS | {f"{BLOCK}{name}": value for name, value in ({"enabled": True} | block).items()}
     return deepspeed_problems(load_config(None, overrides), accumulation_steps)[0]
 
 
@@ -35,6 +49,44 @@ def test_a_contradiction_or_an_unknown_key_is_a_problem(block: dict[str, Any], s
     (problem,) = problems(accumulation_steps=4, **block)
     assert said in problem
     assert "distributed.deepspeed." in problem
+
+
+def test_what_deepspeed_says_holds_where_ours_is_silent(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    optimizer = {
+        "type": "Adam",
+        "params": {"lr": 1e-4, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.2},
+    }
+    zero = {"stage": 0, "overlap_comm": False, "offload_optimizer": {"device": "none"}}
+    content = {
+        "fp16": {"enabled": True}, "gradient_clipping": 0.5,
+        "optimizer": optimizer, "zero_optimization": zero,
+        "train_batch_size": 48, "train_micro_batch_size_per_gpu": "auto",
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
+    given = {f"{BLOCK}enabled": True, f"{BLOCK}config_file": str(path), "training.learning_rate": 1e-4}
+    config = load_config(None, given)
+    training, distributed = config.training, config.distributed
+    assert (training.use_fp16, training.use_bf16, training.grad_clip) == (True, False, 0.5)
+    assert (training.optimizer, training.learning_rate, training.weight_decay) == ("adam", 1e-4, 0.2)
+    assert (training.adam_beta1, training.adam_beta2, training.adam_eps) == (0.8, 0.9, 1e-6)
+    assert (training.global_batch_size, training.micro_batch_size) == (
+        48,
+        load_config(None).training.micro_batch_size,
+    )
+    assert (distributed.zero_stage, distributed.overlap_grad_reduce, distributed.zero_offload) == (
+        0,
+        False,
+        False,
+    )
+    assert deepspeed_problems(config, None)[0] == []
+
+
+def test_a_bad_value_is_told_with_where_it_is_from() -> None:
+    with pytest.raises(
+        ConfigError, match=r"training.grad_clip: .*-1.*distributed.deepspeed.gradient_clipping"
+    ):
+        load_config(None, {f"{BLOCK}enabled": True, f"{BLOCK}gradient_clipping": -1.0})
 
 
 def test_agreement_and_auto_pass() -> None:
