@@ -127,7 +127,9 @@ def _stage_before(stage: Path) -> str | None:
     start = (saved.get("config", {}).get("checkpointing") or {}).get("init_from")
     if not start:
         return None
-    return Path(start).parent.name if Path(start).name == LEASE.parent.name else Path(start).name
+    place = Path(start)  # .../STAGE/checkpoints/step_N; with a save_dir of the file's, SAVE_DIR/STAGE/step_N
+    place = place.parent if place.name.startswith("step_") else place
+    return place.parent.name if place.name == LEASE.parent.name else place.name
 
 
 def _load_saved(directory: Path) -> tuple[dict[str, Any], list[str]]:

@@ -216,7 +216,10 @@ def test_smoothing() -> None:
 
 def test_stages_are_one_run(tmp_path: Path) -> None:
     write_run(tmp_path / "pretrain", records=40)
-    start = {"checkpointing.init_from": "elsewhere/pretrain/checkpoints", "experiment_name": "V3/extend"}
+    start = {
+        "checkpointing.init_from": "elsewhere/pretrain/checkpoints/step_00000100",
+        "experiment_name": "V3/extend",
+    }
     write_run(tmp_path / "extend", records=40, settings=start)
     run = load_run(tmp_path)
     assert run.name == "V3"
