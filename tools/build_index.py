@@ -3,11 +3,11 @@
   python tools/build_index.py --config configs/dolma.json
   python tools/build_index.py --config configs/dolma.json --dry-run     the table alone
 
-Takes every flag of pretrain_megads.py. Training builds what is missing by itself, on its first process
-while the others wait; a job that finds the index there starts at once. The index lies below
-data.cache_dir/index and does not depend on the number of processes, so this can run anywhere that sees
-the same data: on a login node, or in a job without GPUs. data.preprocessing.num_workers processes share
-the work.
+Takes every flag of pretrain_megads.py; of a file with stages it does all, or the one that --stage names.
+Training builds what is missing by itself, on its first process while the others wait; a job that finds the
+index there starts at once. The index lies below data.cache_dir/index and does not depend on the number of
+processes, so this can run anywhere that sees the same data: on a login node, or in a job without GPUs.
+data.preprocessing.num_workers processes share the work.
 """
 
 import logging
@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from megads.command_line import run_tool  # noqa: E402
 from megads.config.flags import Arguments, parse_flags  # noqa: E402
-from megads.config.loader import load_config  # noqa: E402
-from megads.config.resolve import planned_hardware, resolve  # noqa: E402
-from megads.config.validate import check  # noqa: E402
+from megads.config.resolve import Resolved, resolve  # noqa: E402
+from megads.config.schema import Config  # noqa: E402
+from megads.config.stages import check_stages, load_stages, planned_processes, select  # noqa: E402
 from megads.data.index_cache import index_directory  # noqa: E402
 from megads.data.mix_table import mix_table, repetition_warnings  # noqa: E402
 from megads.data.sources import build_index, plan_corpus, sample_counts  # noqa: E402
@@ -44,16 +44,26 @@ def main(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> None:
-    started = time.monotonic()
     arguments = parse_arguments(argv)
-    config = load_config(arguments.config, arguments.overrides, arguments.origins)
-    processes, cuda = planned_hardware(config, arguments.world_size)
-    check(config, processes, cuda)
-    corpus = plan_corpus(config, sample_counts(config, resolve(config, processes, cuda)))
+    stages = load_stages(arguments.config, arguments.overrides, arguments.origins)
+    if arguments.stage is not None:
+        stages = (select(stages, arguments.stage),)
+    processes, cuda = planned_processes(stages, arguments.world_size)
+    check_stages(stages, processes, cuda)
+    for stage in stages:
+        if stage.name:
+            print(f"stage {stage.name}")
+        build(stage.config, resolve(stage.config, processes, cuda), only_show=arguments.dry_run)
+
+
+def build(config: Config, resolved: Resolved, only_show: bool) -> None:
+    """Show what one run reads, and make the index files that are missing."""
+    started = time.monotonic()
+    corpus = plan_corpus(config, sample_counts(config, resolved))
     print(mix_table(config, corpus))
     for warning in repetition_warnings(config, corpus):
         print(f"warning: {warning}")
-    if not arguments.dry_run:
+    if not only_show:
         made = build_index(corpus, min(config.data.preprocessing.num_workers, os.cpu_count() or 1))
         seconds = time.monotonic() - started
         print(f"index: {made:,} files made, {seconds:.1f} s, in {index_directory(corpus.cache_dir)}")

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.e2e.commands import ROOT, pretrain_well, run, steps, tool
+from tests.e2e.commands import ROOT, pretrain_well, run, steps, tool, write_json
 
 IMPORTED = """
 import runpy, sys
@@ -53,6 +53,24 @@ def test_a_longer_run_goes_on_in_the_same_order_and_other_weights_do_not(config:
     fewer = json.dumps([{"name": name, "subset": name} for name in ("code", "docs")])
     other = pretrain_well("--config", config, "--train-iters", 8, "--load", "latest", "--data.sources", fewer)
     assert warning in other.stdout + other.stderr
+
+
+def test_every_stage_of_a_file_has_its_index(config: Path, data: Path, tmp_path: Path) -> None:
+    short = {"name": "short", "training": {"seq_length": 16}, "data": {"preprocessing": {"shuffle_seed": 99}}}
+    staged = {"extends": str(config), "stages": [short, {"name": "long"}]}
+    path = write_json(tmp_path / "stages.json", staged)
+    before = set((data / "index").glob("*.epochs"))
+    one = tool("build_index.py", "--config", path, "--stage", "short")
+    assert one.returncode == 0, one.stderr
+    assert "stage short\ntraining data: 512 tokens in 32 sequences of 16" in one.stdout
+    assert set((data / "index").glob("*.epochs")) - before
+    both = tool("build_index.py", "--config", path)
+    assert both.returncode == 0, both.stderr
+    assert [line for line in both.stdout.splitlines() if line.startswith("stage ")] == [
+        "stage short",
+        "stage long",
+    ]
+    assert "index: 0 files made" in both.stdout
 
 
 def test_what_cannot_be_is_told_with_its_exit_code(config: Path) -> None:
