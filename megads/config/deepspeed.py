@@ -60,7 +60,7 @@ def translated(block: Any) -> dict[str, tuple[Any, str]]:
     if not isinstance(block, dict) or block.get("enabled") is not True:
         return {}
     try:
-        given = _given(block)
+        given = _given(block.get("config_file"), block)
     except ConfigError:
         return {}
     counterparts = _counterparts(Config(), None)
@@ -84,7 +84,7 @@ def deepspeed_problems(config: Config, accumulation_steps: int | None) -> tuple[
     if not config.distributed.deepspeed.enabled:
         return [], []
     try:
-        given = _given(config.distributed.deepspeed.model_dump())
+        given = _given_by(config)
     except ConfigError as error:
         return [str(error)], []
     counterparts = _counterparts(config, accumulation_steps)
@@ -111,7 +111,7 @@ def deepspeed_table(config: Config) -> list[str]:
     return [
         f"{key} = {value!r}: "
         + (counterparts[key][0] if key in counterparts else "no counterpart, tunes DeepSpeed's own code")
-        for key, (value, _) in _given(config.distributed.deepspeed.model_dump()).items()
+        for key, (value, _) in _given_by(config).items()
     ]
 
 
@@ -155,10 +155,15 @@ def _counterparts(config: Config, accumulation_steps: int | None) -> dict[str, t
     }  # fmt: skip
 
 
-def _given(block: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def _given_by(config: Config) -> dict[str, tuple[Any, str]]:
+    block = config.distributed.deepspeed
+    return _given(block.config_file, block.model_dump())
+
+
+def _given(file: str | None, block: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Dotted DeepSpeed key to (value, where): of the file first, then of the block."""
     given: dict[str, tuple[Any, str]] = {}
-    if (file := block.get("config_file")) is not None:
+    if file is not None:
         given |= _flat(_read(Path(file)), file)
     of_deepspeed = {name: value for name, value in block.items() if name not in ("enabled", "config_file")}
     inline = {name: value for name, value in of_deepspeed.items() if value is not None}
