@@ -60,7 +60,8 @@ def translated(block: Any) -> dict[str, tuple[Any, str]]:
     if not isinstance(block, dict) or block.get("enabled") is not True:
         return {}
     try:
-        given = _given(block.get("config_file"), block)
+        file = block.get("config_file")
+        given = _given(file if isinstance(file, str) else None, block)
     except ConfigError:
         return {}
     counterparts = _counterparts(Config(), None)

@@ -89,6 +89,11 @@ def test_a_bad_value_is_told_with_where_it_is_from() -> None:
         load_config(None, {f"{BLOCK}enabled": True, f"{BLOCK}gradient_clipping": -1.0})
 
 
+def test_a_file_that_is_no_name_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"distributed.deepspeed.config_file: "):
+        load_config(None, {f"{BLOCK}enabled": True, f"{BLOCK}config_file": 5})
+
+
 def test_agreement_and_auto_pass() -> None:
     zero = {"stage": 1, "overlap_comm": True, "offload_optimizer": {"device": "none"}}
     assert problems(4, gradient_clipping=1.0, gradient_accumulation_steps=4, zero_optimization=zero) == []
