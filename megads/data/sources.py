@@ -86,7 +86,6 @@ class SourceInfo:
     files: int
     documents: int
     tokens: int
-    train_tokens: int
 
 
 @dataclass(frozen=True)
@@ -149,8 +148,7 @@ def plan_corpus(config: Config, samples: SampleCounts) -> Corpus:
             part = layout.part(name, "valid")
             by_source[name] = Blend("valid", samples.valid_per_source, (part,), (MixPhase(0, (1.0,)),))
     infos = tuple(
-        SourceInfo(name, len(group.shards), len(group), group.tokens(), layout.tokens(name, "train"))
-        for name, group in groups.items()
+        SourceInfo(name, len(group.shards), len(group), group.tokens()) for name, group in groups.items()
     )
     return Corpus(infos, blends, by_source, eod_id, sha256, config.data.cache_dir)
 

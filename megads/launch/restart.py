@@ -92,8 +92,7 @@ def _save(path: Path, tries: Tries) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`before` prints the flags that a try needs besides; `after` exits with 0 where another one is worth "
-    "it."""
+    """`before` prints the flags that a try needs besides; `after` exits with 0 where another is worth it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -67,7 +67,7 @@ def test_the_data_tell_whether_documents_are_rearranged(tmp_path: Path) -> None:
     assert built.fim_begin_id == load_tokenizer(tmp_path / "t.model").control_id("<|fim_begin|>")
     contents = Contents(built.source_names, built.corpus.eod_id, built.fim_begin_id)
     # An epoch leaves out less than a sequence, which is shorter than most documents.
-    samples = [built.train[i] for i in range((built.corpus.sources[0].train_tokens - 1) // SEQ)]
+    samples = [built.train[i] for i in range((built.corpus.blends["train"].parts[0].tokens - 1) // SEQ)]
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
     totals, weights = contents.count(batch, batch["loss_mask"], batch["loss_mask"])
     rates = dict(zip(contents.names, (totals / weights).tolist(), strict=True))
