@@ -168,12 +168,6 @@ def _context(config: Config) -> Iterator[str]:
             "rank "
             "takes one chunk from the front and one from the back, to share causal work evenly): change one"
         )
-    if config.data.document_mask:
-        yield (
-            f"data.document_mask with context_parallel_size = {cp} does not work: set context_parallel_size "
-            "to 1, "
-            "or document_mask to false (as DeepSeek-V3)"
-        )
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:

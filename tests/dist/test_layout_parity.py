@@ -103,9 +103,9 @@ def test_tied_embeddings(layout: str) -> None:
     assert_same_run(layout, TIED)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2", "cp2"])
 def test_masks_that_differ_between_sequences(layout: str) -> None:
-    """Unmasked tokens weigh the same wherever they are; documents reach every pipeline stage."""
+    """Unmasked tokens weigh the same wherever they are; documents reach every stage and cross split ones."""
     assert_same_run(layout, MASKED, masked=True)
 
 

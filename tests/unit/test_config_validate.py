@@ -102,7 +102,6 @@ CASES: list[tuple[dict[str, Any], int, list[str]]] = [
     ({D + "expert_parallel_size": 4}, 2, ["not a multiple of EP 4 x ETP 1 = 4"]),
     ({D + "expert_parallel_size": 2, "model__dense_layer_interval": 1}, 2, ["no MoE layer to spread"]),
     ({D + "context_parallel_size": 2, T + "seq_length": 2046}, 2, ["2 x context_parallel_size = 4"]),
-    ({D + "context_parallel_size": 2, "data__document_mask": True}, 2, ["document_mask"]),
     # batch and length
     ({T + "global_batch_size": 63}, 1, ["global_batch_size = 63", "use 64"]),
     ({T + "micro_batch_size": 8}, 16, ["global_batch_size = 64", "data parallelism 16 = 128"]),
