@@ -12,6 +12,7 @@ but adds Python work to every tensor operation of the run.
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones",
     "ones_like", "rand", "randint", "randn", "randperm", "tensor", "zeros", "zeros_like",
 )  # fmt: skip
+_METHOD_FACTORIES = ("new_empty", "new_full", "new_tensor", "new_zeros")
 _installed = False
 
 
@@ -86,7 +88,8 @@ def _cpu_device(device: Any) -> Any:
         return _CPU
     if isinstance(device, torch.device) and device.type == "cuda":
         return _CPU
-    return device
+    # An index names a CUDA device, and `.to` may be given a data type in its place.
+    return _CPU if isinstance(device, int) else device
 
 
 def _map_device_keyword(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,19 +165,23 @@ def _skip_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     Megatron-Core's data-parallel buffers reduce and gather in place also where there is one replica.
     """
 
+    names = tuple(inspect.signature(collective).parameters)[:2]
+
     @functools.wraps(collective)
-    def wrapper(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        output, input = (*args, *(kwargs[name] for name in names if name in kwargs))[:2]
         in_place = output.data_ptr() == input.data_ptr() and output.shape == input.shape
         if in_place and dist.get_world_size(kwargs.get("group")) == 1:
             return _Done() if kwargs.get("async_op") else None
-        return collective(output, input, *args, **kwargs)
+        return collective(*args, **kwargs)
 
     return wrapper
 
 
 def _substitute_torch() -> None:
-    for name in _FACTORIES:
-        setattr(torch, name, _map_device_keyword(getattr(torch, name)))
+    for owner, factories in ((torch, _FACTORIES), (torch.Tensor, _METHOD_FACTORIES)):
+        for name in factories:
+            setattr(owner, name, _map_device_keyword(getattr(owner, name)))
     torch.Tensor.to = _map_device_argument(torch.Tensor.to)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]
@@ -186,7 +193,8 @@ def _substitute_torch() -> None:
 
 def _substitute_torch_cuda() -> None:
     table: dict[str, Any] = {
-        "current_device": lambda: _CPU,
+        # An index, as of a CUDA device: Megatron-FSDP writes f"cuda:{current_device()}".
+        "current_device": lambda: 0,
         "set_device": lambda device: None,
         "synchronize": lambda device=None: None,
         "Stream": _Stream,

@@ -21,7 +21,7 @@ FACTORIES: dict[str, tuple[Any, ...]] = {
     "tensor": ([1.0, 2.0],), "zeros": (2,),
 }  # fmt: skip
 LIKE = ("empty_like", "full_like", "ones_like", "zeros_like")
-TENSOR_METHODS = ("to", "cuda", "type", "record_stream")
+TENSOR_METHODS = ("to", "cuda", "type", "record_stream", "new_empty", "new_full", "new_tensor", "new_zeros")
 COLLECTIVES = ("all_to_all_single", "reduce_scatter_tensor", "all_gather_into_tensor")
 CUDA_NAMES = (
     "current_device", "set_device", "synchronize", "Stream", "Event", "current_stream", "default_stream",
@@ -225,12 +225,20 @@ def use_streams() -> dict[str, Any]:
         "one": len({side, torch.cuda.current_stream()}),
         "other": side == 0,
         "done": event.query(),
-        "device": str(torch.cuda.current_device()),
+        "devices": placed_on_the_current_device(),
     }
 
 
+def placed_on_the_current_device() -> set[str]:
+    """Where tensors are that Megatron-Core makes for the current device, by its index or its name."""
+    index = torch.cuda.current_device()
+    x = torch.zeros(2, device=index)
+    made = [x, x.to(index), x.new_empty(2, device=index), torch.ones(2).to(f"cuda:{index}")]
+    return {tensor.device.type for tensor in made}
+
+
 def test_there_is_one_stream_and_it_is_always_done() -> None:
-    expected = {"same": True, "one": 1, "other": False, "done": True, "device": "cpu"}
+    expected = {"same": True, "one": 1, "other": False, "done": True, "devices": {"cpu"}}
     assert run_distributed(1, use_streams)[0] == expected
 
 
@@ -261,6 +269,23 @@ def use_generators() -> list[bool]:
 
 def test_the_cuda_generator_is_the_cpu_generator() -> None:
     assert run_distributed(1, use_generators)[0] == [True] * 5
+
+
+def megatron_fsdp_calls(rank: int) -> tuple[list[float], list[float]]:
+    """Its collectives as it makes them: together, and with named arguments."""
+    import torch.distributed as dist
+
+    group = dist.group.WORLD
+    mine, gathered = torch.full((2,), float(rank)), [torch.empty(4), torch.empty(4)]
+    with dist._coalescing_manager(group, async_ops=True) as event:
+        for whole in gathered:
+            dist.all_gather_into_tensor(output_tensor=whole, input_tensor=mine, group=group, async_op=True)
+    event.wait()
+    whole = torch.arange(4.0)
+    part = whole[2 * rank : 2 * rank + 2]
+    with dist._coalescing_manager(group):
+        dist.reduce_scatter_tensor(output=part, input=whole, op=dist.ReduceOp.SUM, group=group)
+    return (gathered[0] + gathered[1]).tolist(), part.tolist()
 
 
 def communicate() -> dict[str, Any]:
@@ -299,6 +324,7 @@ def communicate() -> dict[str, Any]:
         "copied": copied.tolist(),
         "handles": [handle is None or (handle.wait() and handle.is_completed()) for handle in handles],
         "without handle": [handle is None for handle in handles],
+        "by name": megatron_fsdp_calls(rank),
     }
 
 
@@ -310,6 +336,7 @@ def test_collectives() -> None:
     for rank, found in enumerate((first, second)):
         assert found["gathered"] == [0.0, 1.0]
         assert found["alone"] == found["copied"] == [rank, 1.0 + rank, 2.0 + rank]
+        assert found["by name"] == ([0.0, 0.0, 2.0, 2.0], [4.0 * rank, 2.0 + 4.0 * rank])
         assert found["handles"] == [True] * 4
         assert found["without handle"] == [True, False, True, False]
 
