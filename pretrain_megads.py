@@ -16,6 +16,7 @@ from megads.config.schema import Config
 from megads.config.stages import Stage, check_stages, load_stages, planned_processes, select
 from megads.errors import MegadsError, RunStopped
 from megads.log import setup_logging
+from megads.mcore.imports import without_garbage_collection
 
 SECONDS_FOR_RANK_0 = 10.0
 
@@ -63,9 +64,10 @@ def _may_have_cuda(config: Config) -> bool:
 
 def _pretrain(stages: Sequence[Stage], world_size: int, only: str | None) -> None:
     setup_logging(log_file=stages[0].log_file)
-    import torch
+    with without_garbage_collection():
+        import torch
 
-    from megads.train.stages import run_stages
+        from megads.train.stages import run_stages
 
     cuda = torch.cuda.is_available() and stages[0].config.distributed.device != "cpu"
     check_stages(stages, world_size, cuda)

@@ -13,14 +13,17 @@ but adds Python work to every tensor operation of the run.
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import SGD, Adam, Optimizer
 
 from megads.errors import EnvironmentSetupError
 from megads.mcore.compat import check_megatron_version
+from megads.mcore.imports import import_megatron
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -191,6 +194,14 @@ def _substitute_torch() -> None:
     dist.all_gather_into_tensor = _skip_alone(dist.all_gather_into_tensor)
 
 
+def _substitute_torch_optimizers() -> None:
+    """Optimizers without what their decorators tell the compiler, for which they import all of it (0.5 s)."""
+    for name in ("add_param_group", "state_dict", "load_state_dict"):
+        setattr(Optimizer, name, getattr(Optimizer, name).__wrapped__)
+    for class_ in (Adam, SGD):
+        class_.step = torch.no_grad()(class_.step.__wrapped__)  # type: ignore[union-attr,method-assign]
+
+
 def _substitute_torch_cuda() -> None:
     table: dict[str, Any] = {
         # An index, as of a CUDA device: Megatron-FSDP writes f"cuda:{current_device()}".
@@ -210,6 +221,12 @@ def _substitute_torch_cuda() -> None:
         setattr(torch.cuda, name, replacement)
 
 
+def _hide_cuda_libraries() -> None:
+    """Megatron-Core takes the kernels of these wherever they can be imported, on a CPU run too."""
+    for name in ("transformer_engine", "apex"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to import None is an ImportError
+
+
 def _import_megatron_uncompiled() -> None:
     """Import Megatron-Core with `torch.compile` as the identity.
 
@@ -219,11 +236,12 @@ def _import_megatron_uncompiled() -> None:
     """
     compile_, torch.compile = torch.compile, lambda function=None, **kwargs: function  # type: ignore[assignment]
     try:
-        import megatron.core.jit
-
-        megatron.core.jit.disable_jit_fuser()
+        import_megatron()
     finally:
         torch.compile = compile_
+    import megatron.core.jit
+
+    megatron.core.jit.disable_jit_fuser()
 
 
 class _WeightGradients:
@@ -246,6 +264,7 @@ def _scale_in_place(
 
 
 def _substitute_megatron() -> None:
+    _hide_cuda_libraries()
     _import_megatron_uncompiled()
     from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import layers, random
@@ -274,6 +293,7 @@ def install_cpu_substitutions() -> None:
         )
     check_megatron_version()
     _substitute_torch()
+    _substitute_torch_optimizers()
     _substitute_torch_cuda()
     _substitute_megatron()
     _installed = True

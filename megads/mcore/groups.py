@@ -16,6 +16,7 @@ from megads import errors
 from megads.config.resolve import Resolved
 from megads.errors import EnvironmentSetupError, MegadsError
 from megads.mcore.compat import check_megatron_version, quiet_megatron
+from megads.mcore.imports import import_megatron
 
 _store: Store | None = None
 _groups_made = _decisions_made = 0
@@ -48,6 +49,7 @@ def initialize_device(device: str) -> None:
             "start as many processes per node as it has GPUs"
         )
     torch.cuda.set_device(local_rank)
+    import_megatron()
 
 
 def initialize_process_groups(resolved: Resolved, timeout_minutes: float, seed: int) -> None:

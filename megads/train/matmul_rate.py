@@ -73,7 +73,7 @@ def measure_matmul_rate(
     dtype: torch.dtype = torch.float32,
     *,
     size: int = 1024,
-    seconds: float = 0.3,
+    seconds: float = 0.15,
 ) -> float:
     """FLOP/s of a `size` x `size` x `size` product on `device`: the median of those done in `seconds`.
 

@@ -17,6 +17,7 @@ import orjson
 
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
+from megads.mcore.imports import without_packages
 from megads.train.metrics import Record, perplexity
 
 logger = logging.getLogger(__name__)
@@ -120,8 +121,11 @@ class TensorBoardSink:
     """TensorBoard event files in `log_dir`; steps after `resumed_step` in older files are forgotten."""
 
     def __init__(self, log_dir: str | Path, resumed_step: int) -> None:
+        # It imports the client of an object store wherever one is installed.
+        unused = () if "://" in str(log_dir) else ("botocore",)
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            with without_packages(*unused):
+                from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise EnvironmentSetupError(
                 f"logging.tensorboard.enabled needs the package tensorboard ({error}): "

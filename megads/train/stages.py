@@ -24,6 +24,7 @@ from megads.mcore.groups import (
     initialize_device,
     initialize_process_groups,
 )
+from megads.mcore.imports import without_garbage_collection
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +65,15 @@ def run_stages(stages: Sequence[Stage], world_size: int, cuda: bool, only: str |
 
 def _run(config: Config, resolved: Resolved, leads: bool) -> bool:
     """One run with process groups of its own; whether it came to its end."""
-    initialize_device(resolved.device)
+    with without_garbage_collection():
+        initialize_device(resolved.device)
+        # Imports Megatron-Core, which must find the substitutions of a CPU run in place.
+        from megads.train.loop import train
     initialize_process_groups(resolved, config.distributed.timeout_minutes, config.seed)
     if leads:
         logger.info("configuration (* differs from the default):\n%s", show.render(config))
         for note in notes(config):
             logger.info("note: %s", note)
-    # Imports Megatron-Core, which must find the substitutions of a CPU run in place.
-    from megads.train.loop import train
-
     try:
         completed = train(config, resolved)
     except RunStopped:
