@@ -17,34 +17,20 @@ def not_yet(config: Config, cuda: bool) -> Iterator[str]:
 
 
 def _missing_features(config: Config) -> Iterator[str]:
-    mla, moe, distributed = config.model.mla, config.model.moe, config.distributed
+    mla, distributed = config.model.mla, config.distributed
     stage = f"distributed.zero_stage = {distributed.zero_stage}"
-    torch_picks = "false: torch's scaled_dot_product_attention picks its fastest kernel by itself"
     spread = "zero_stage = 1, which spreads it over the data-parallel ranks"
     more_parallel = "zero_stage = 1 with more tensor, pipeline or expert parallelism"
-    window = "model.mla.sliding_window"
     # (asked for, setting, what is missing, nearest thing that works)
     table = [
         (config.training.use_fp8, "training.use_fp8", "FP8 training", "use_bf16 = true on CUDA"),
         (mla.use_fp8_kv, "model.mla.use_fp8_kv", "an FP8 latent cache", "false"),
-        (mla.use_flash_mla, "model.mla.use_flash_mla", "a FlashMLA kernel", torch_picks),
-        (
-            mla.flash_mla_backend == "sparse",
-            "model.mla.flash_mla_backend = sparse",
-            "sparse attention",
-            window,
-        ),
-        (moe.use_deep_ep, "model.moe.use_deep_ep", "DeepEP", "false: the all-to-all dispatcher"),
-        (moe.deep_ep_fp8, "model.moe.deep_ep_fp8", "FP8 dispatch", "false"),
-        (moe.deep_ep_async, "model.moe.deep_ep_async", "asynchronous dispatch", "false"),
         (distributed.zero_stage >= 2, stage, "sharding of gradients and parameters", more_parallel),
         (distributed.zero_offload, "distributed.zero_offload", "optimizer state in host memory", spread),
     ]
     for asked, setting, what, nearest in table:
         if asked:
             yield f"{setting}: {what} does not work in this version yet; nearest: {nearest}"
-    if mla.flash_mla_backend == "dense" and not mla.use_flash_mla:
-        yield "model.mla.flash_mla_backend = dense cannot act while use_flash_mla is false: leave it at auto"
 
 
 def _wrong_device(config: Config, cuda: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 
-from megads.config import validate_layout, validate_model, validate_schedules
+from megads.config import validate_kernels, validate_layout, validate_model, validate_schedules
 from megads.config.deepspeed import deepspeed_problems
 from megads.config.not_yet import missing_packages, not_yet
 from megads.config.resolve import batch_schedule, run_length
@@ -42,6 +42,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from _data(config)
     yield from _checkpointing(config)
     yield from _budget(config.budget)
+    yield from validate_kernels.kernel_problems(config, cuda)
     yield from not_yet(config, cuda)
     yield from missing_packages(config)
     yield from deepspeed_problems(config, validate_layout.accumulation_steps(config, world_size))[0]

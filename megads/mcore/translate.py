@@ -55,7 +55,8 @@ def _experts(config: Config, resolved: Resolved) -> dict[str, Any]:
         # The router is ours (model/router.py); Megatron-Core must add no loss of its own.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_token_dispatcher_type": "flex" if moe.use_deep_ep else "alltoall",
+        "moe_flex_dispatcher_backend": "deepep",
         "moe_expert_capacity_factor": moe.capacity_factor,
     }
 

@@ -1,16 +1,39 @@
 """Core attention: softmax(q k^T) v, by torch's scaled_dot_product_attention.
 
 Queries may be a part of the sequence (context parallelism): each contiguous run of queries sees the
-keys up to its own last position.
+keys up to its own last position. `flash_attention.py` holds the kernels for CUDA behind the same interface.
 
 Shapes: B batch, N heads, Q queries, K keys, D query/key width, V value width.
 """
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megads.model.functional import causal_attention
+
+
+class CoreAttention(Protocol):
+    """Causal attention of a contiguous run of queries, the first at position `first_query`: [B, N, Q, V].
+
+    `window` and `documents_BK` (of the whole sequence) are those of `allowed`, `dropout` is on
+    probabilities.
+    """
+
+    def __call__(
+        self,
+        q_BNQD: Tensor,
+        k_BNKD: Tensor,
+        v_BNKV: Tensor,
+        *,
+        scale: float,
+        first_query: int = 0,
+        window: int | None = None,
+        documents_BK: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor: ...
 
 
 def allowed(
@@ -35,7 +58,7 @@ def allowed(
     return mask & same_document
 
 
-def core_attention(
+def dense_attention(
     q_BNQD: Tensor,
     k_BNKD: Tensor,
     v_BNKV: Tensor,
@@ -46,7 +69,7 @@ def core_attention(
     documents_BK: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Causal attention of a contiguous run of queries, at positions `first_query` and on [B, N, Q, V]."""
+    """A `CoreAttention` for every device, type, mask and width, by the kernel that torch picks."""
     last = first_query + q_BNQD.shape[2]
     k_BNKD, v_BNKV = k_BNKD[:, :, :last], v_BNKV[:, :, :last]
     window = None if window is not None and window >= last else window

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megads.config.schema import Config, MoE
+from megads.model.deep_ep import configure_deep_ep
 from megads.model.experts import GroupedExperts
 from megads.model.functional import swiglu
 from megads.model.mla import MultiLatentAttention
@@ -79,6 +80,8 @@ def _build_moe_layer(moe: MoE, **kwargs: Any) -> MoELayer:
     )
     layer = DropoutMoELayer(submodules=submodules, **kwargs)
     layer.dropout = moe.dropout
+    if moe.use_deep_ep:
+        configure_deep_ep(layer.token_dispatcher, moe)
     return layer
 
 

@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megads.config.schema import MLA
-from megads.model.attention import core_attention
+from megads.model.attention import dense_attention
 from megads.model.context_parallel import gather_sequence, local_chunks, local_positions, order_after_gather
 from megads.model.norm import Norm
 from megads.model.rope import rotate, softmax_scale
@@ -154,7 +154,7 @@ class MultiLatentAttention(MegatronModule):
         """Attention of each contiguous chunk of this rank's queries: [S, B, N * V]."""
         chunks = local_chunks(self.cp_group.size(), self.cp_group.rank())
         parts = [
-            core_attention(
+            dense_attention(
                 queries,
                 k,
                 v,

@@ -23,6 +23,7 @@ PASSIVE = {
     "validate_model.py",
     "validate_layout.py",
     "validate_schedules.py",
+    "validate_kernels.py",
     "not_yet.py",
     "show.py",
 }
@@ -32,13 +33,8 @@ RECORD = "for the record: printed at start and saved with every checkpoint"
 ALLOWED = {
     "model.mla.num_kv_heads": REFUSED,
     "model.mla.use_rope": REFUSED,
-    "model.mla.use_flash_mla": REFUSED,
-    "model.mla.flash_mla_backend": REFUSED,
-    "model.mla.fallback_to_dense": "acts with use_flash_mla only, which is refused",
+    "model.mla.flash_mla_backend": "has one value that works; sparse is refused",
     "model.mla.use_fp8_kv": REFUSED,
-    "model.moe.use_deep_ep": REFUSED,
-    "model.moe.deep_ep_fp8": REFUSED,
-    "model.moe.deep_ep_async": REFUSED,
     "model.mla.rope_scaling.type": "has one value",
     "data.dataset_name": RECORD,
     "data.dataset_version": RECORD,

@@ -172,12 +172,6 @@ CASES: list[tuple[dict[str, Any], int, list[str]]] = [
     # what cannot work here
     ({T + "use_fp8": True}, 1, ["training.use_fp8", "not work in this version yet", "use_bf16"]),
     ({MLA + "use_fp8_kv": True}, 1, ["use_fp8_kv", "yet"]),
-    ({MLA + "use_flash_mla": True}, 1, ["use_flash_mla", "scaled_dot_product_attention"]),
-    ({MLA + "flash_mla_backend": "sparse"}, 1, ["sparse", "sliding_window"]),
-    ({MLA + "flash_mla_backend": "dense"}, 1, ["cannot act"]),
-    ({MOE + "use_deep_ep": True}, 1, ["use_deep_ep", "all-to-all"]),
-    ({MOE + "deep_ep_fp8": True}, 1, ["deep_ep_fp8"]),
-    ({MOE + "deep_ep_async": True}, 1, ["deep_ep_async"]),
     ({D + "zero_stage": 2}, 1, ["zero_stage = 2", "zero_stage = 1"]),
     ({D + "zero_stage": 3}, 1, ["zero_stage = 3"]),
     ({D + "zero_offload": True}, 1, ["zero_offload"]),
