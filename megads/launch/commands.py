@@ -13,6 +13,7 @@ from megads.errors import EnvironmentSetupError
 
 REPOSITORY = Path(megads.__file__).resolve().parents[1]
 PRETRAIN = REPOSITORY / "pretrain_megads.py"
+LOCAL_RANKS = Path(__file__).with_name("local_ranks.py")
 TORCHRUN = "torch.distributed.run"
 
 
@@ -21,10 +22,9 @@ def one_process(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, str(PRETRAIN), *arguments]
 
 
-def torchrun(processes: int, arguments: Sequence[str]) -> list[str]:
-    """torchrun on this machine alone, at a port that is free."""
-    own = ["--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, "-m", TORCHRUN, *own, str(PRETRAIN), *arguments]
+def several_processes(processes: int, arguments: Sequence[str]) -> list[str]:
+    """On this machine alone, at a port that is free."""
+    return [sys.executable, str(LOCAL_RANKS), str(processes), str(PRETRAIN), *arguments]
 
 
 def torchrun_on_host(

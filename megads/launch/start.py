@@ -11,7 +11,7 @@ from megads.config.resolve import slurm_processes_per_node
 from megads.config.schema import Config
 from megads.config.stages import Stage, check_stages, load_stages, planned_processes
 from megads.errors import ConfigError
-from megads.launch.commands import OnThisMachine, deepspeed, one_process, torchrun
+from megads.launch.commands import OnThisMachine, deepspeed, one_process, several_processes
 from megads.launch.hostfile import choose_hosts, read_hostfile
 from megads.launch.hosts import over_ssh
 from megads.launch.options import Options
@@ -64,7 +64,7 @@ def prepare(options: Options) -> tuple[Start, Checked]:
     checked = _check(options, processes)
     if processes == 1:
         return OnThisMachine(tuple(one_process(options.arguments))), checked
-    return OnThisMachine(tuple(torchrun(processes, options.arguments))), checked
+    return OnThisMachine(tuple(several_processes(processes, options.arguments))), checked
 
 
 def _stages(options: Options) -> tuple[Stage, ...]:

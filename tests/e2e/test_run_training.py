@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megads.errors import DataError
 from tests.e2e.commands import ENVIRONMENT, ROOT, Finished, records, run, steps
 from tests.unit.test_launch_hosts import SSH
 
@@ -46,6 +47,16 @@ def test_one_process_and_resume(config: Path, tmp_path: Path) -> None:
     second = launch("--config", config, *again)
     assert "resumed after step 3" in second.stdout, second.stderr
     assert steps(tmp_path / "other") == [4]
+
+
+def test_two_processes_here_and_the_exit_code_of_their_error(config: Path, tmp_path: Path) -> None:
+    done = launch("--config", config, "--gpus", 2, "--training.exit_step", 2)
+    assert done.returncode == 0, done.stderr
+    (start,) = records(tmp_path / "run", "run")
+    assert (start["layout"], steps(tmp_path / "run")) == ("DP2", [1, 2])
+    failed = launch("--config", config, "--gpus", 2, "--data.tokenizer_path", tmp_path / "gone")
+    assert failed.returncode == DataError.exit_code
+    assert failed.stderr.count("DataError") == 1
 
 
 def test_two_hosts_of_a_file(config: Path, tmp_path: Path, ssh: str) -> None:

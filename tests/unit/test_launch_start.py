@@ -8,7 +8,7 @@ import pytest
 
 from megads.errors import ConfigError, EnvironmentSetupError, MegadsError
 from megads.launch import commands
-from megads.launch.commands import PRETRAIN, OnThisMachine
+from megads.launch.commands import LOCAL_RANKS, PRETRAIN, OnThisMachine
 from megads.launch.hosts import OverSsh
 from megads.launch.options import parse_options
 from megads.launch.start import Start, prepare
@@ -42,9 +42,9 @@ def test_one_process_needs_no_launcher() -> None:
 
 def test_as_many_processes_as_the_layout_needs_or_as_asked() -> None:
     words = command(*DEBUG, "--expert-model-parallel-size", 2)
-    assert words[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    assert words[6:] == [str(PRETRAIN), *DEBUG, "--expert-model-parallel-size", "2"]
-    assert command(*DEBUG, "--gpus", 2)[5] == "2"
+    assert words[:3] == [sys.executable, str(LOCAL_RANKS), "2"]
+    assert words[3:] == [str(PRETRAIN), *DEBUG, "--expert-model-parallel-size", "2"]
+    assert command(*DEBUG, "--gpus", 2)[2] == "2"
 
 
 def test_resume_is_a_setting_of_the_run(tmp_path: Path) -> None:

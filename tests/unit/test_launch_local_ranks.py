@@ -1,0 +1,102 @@
+"""The processes of one machine, with small scripts in place of training: environment, ends, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megads.errors import BudgetReached, RunStopped
+from megads.launch import local_ranks
+
+LAUNCHER = Path(local_ranks.__file__)
+SHOW = "import json, os; print(json.dumps(dict(os.environ)), flush=True)"
+# Tells where it is, then waits for SIGTERM to save and agree on 75.
+SAVES = """
+import os, pathlib, signal, sys, time
+def save(number, frame):
+    pathlib.Path(sys.argv[1], "saved-" + os.environ["RANK"]).write_text(signal.Signals(number).name)
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, save)
+pathlib.Path(sys.argv[1], "ready-" + os.environ["RANK"]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def start(tmp_path: Path, processes: int, code: str) -> "subprocess.Popen[str]":
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [sys.executable, str(LAUNCHER), str(processes), str(script), str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def wait_until_ready(tmp_path: Path, processes: int) -> list[int]:
+    """The process ids of the ranks."""
+    deadline = time.monotonic() + 30
+    while True:
+        files = [tmp_path / f"ready-{rank}" for rank in range(processes)]
+        found = [file.read_text() if file.exists() else "" for file in files]
+        if all(found):
+            return [int(pid) for pid in found]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_environment_is_torchruns(tmp_path: Path) -> None:
+    out, _ = (job := start(tmp_path, 2, SHOW)).communicate(timeout=30)
+    assert job.returncode == 0
+    shown = sorted((json.loads(line) for line in out.splitlines()), key=lambda one: one["RANK"])
+    assert [(one["RANK"], one["LOCAL_RANK"]) for one in shown] == [("0", "0"), ("1", "1")]
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
+    assert [shown[0][name] for name in names] == ["2", "2", "0", "127.0.0.1", "1"]
+    assert shown[0]["MASTER_PORT"] == shown[1]["MASTER_PORT"] != "0"
+
+
+def test_the_first_failure_ends_the_others_and_is_the_exit_code(tmp_path: Path) -> None:
+    code = SAVES.replace("time.sleep(60)", "time.sleep(60 * (os.environ['RANK'] == '1')); sys.exit(3)")
+    job = start(tmp_path, 2, code)
+    assert job.wait(timeout=30) == 3
+    assert (tmp_path / "saved-1").read_text() == "SIGTERM"
+
+
+def test_a_rank_that_is_killed_is_told(tmp_path: Path) -> None:
+    job = start(tmp_path, 2, SAVES)
+    os.kill(wait_until_ready(tmp_path, 2)[1], signal.SIGKILL)
+    _, errors = job.communicate(timeout=30)
+    assert (job.returncode, errors) == (128 + 9, "rank 1 was ended by SIGKILL; stopping the others\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_reach_every_rank_as_they_are(tmp_path: Path, number: signal.Signals) -> None:
+    job = start(tmp_path, 2, SAVES)
+    wait_until_ready(tmp_path, 2)
+    job.send_signal(number)
+    assert job.wait(timeout=30) == RunStopped.exit_code
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
+
+
+def test_ranks_that_agreed_to_stop_are_left_to_end_by_themselves(tmp_path: Path) -> None:
+    assert set(local_ranks.AGREED) == {RunStopped.exit_code, BudgetReached.exit_code}
+    code = SAVES.replace("time.sleep(60)", "time.sleep(float(os.environ['RANK'])); sys.exit(7)")
+    assert start(tmp_path, 2, code).wait(timeout=30) == BudgetReached.exit_code
+    assert not (tmp_path / "saved-1").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    job = start(tmp_path, 2, SAVES)
+    wait_until_ready(tmp_path, 2)
+    job.kill()
+    job.wait(timeout=30)
+    deadline = time.monotonic() + 30
+    while not all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
