@@ -10,6 +10,7 @@ from megads.config.schema import Model
 HARDWARE_FIELDS = frozenset({
     "model.mla.use_flash_mla", "model.mla.flash_mla_backend", "model.mla.fallback_to_dense",
     "model.mla.use_fp8_kv", "model.moe.use_deep_ep", "model.moe.deep_ep_fp8", "model.moe.deep_ep_async",
+    "model.backend",
 })  # fmt: skip
 """Fields of `config.model` that choose a kernel or a transport; they may change on resume."""
 

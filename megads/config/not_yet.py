@@ -39,6 +39,8 @@ def _wrong_device(config: Config, cuda: bool) -> Iterator[str]:
         yield 'distributed.device = "cuda" but no CUDA device is visible here: use "auto" or "cpu"'
     if device == "cpu" and config.training.use_fp16:
         yield "training.use_fp16 needs CUDA, and this run is on the CPU: use_bf16 = true (the CPU runs FP32)"
+    if device == "cpu" and config.model.backend == "transformer_engine":
+        yield 'model.backend = "transformer_engine" needs CUDA, and this run is on the CPU: use "auto"'
     if device == "cpu" and backend == "nccl":
         yield 'distributed.backend = "nccl" needs CUDA, and this run is on the CPU: use "auto" or "gloo"'
     if device == "cuda" and cuda and backend == "gloo":

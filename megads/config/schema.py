@@ -282,6 +282,11 @@ class Model(Section):
     dense_layers: tuple[int, ...] | None = setting(
         None, "the dense layers by number, from 0; excludes the two rules above"
     )
+    backend: Literal["auto", "native", "transformer_engine"] = setting(
+        "auto",
+        "what computes the layers: torch itself, or Transformer Engine (CUDA only); auto: Transformer Engine "
+        "on CUDA in 16 bits where it is installed. Checkpoints are the same",
+    )
     mla: MLA = MLA()
     moe: MoE = MoE()
 

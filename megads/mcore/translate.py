@@ -11,6 +11,7 @@ from megatron.core.utils import init_method_normal
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
+from megads.mcore.backend import choose_backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -66,6 +67,7 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
     model, shape = config.model, resolved.shape
     init = init_method_normal(model.init_method_std)
     dtype = DTYPES[resolved.precision]
+    transformer_engine = choose_backend(config, resolved).name == "transformer_engine"
     return MLATransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.mla.d_model,
@@ -111,11 +113,12 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
         # Losses are sums over tokens; gradients are divided once by the tokens of the global batch,
         # so that masks and layouts do not change the weight of a token.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        # Transformer Engine's linears add weight gradients to the FP32 buffers of data parallelism.
+        gradient_accumulation_fusion=transformer_engine,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         moe_permute_fusion=False,
-        transformer_impl="local",
+        transformer_impl="transformer_engine" if transformer_engine else "local",
         **_experts(config, resolved),
         **_recompute(config),
     )

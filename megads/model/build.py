@@ -1,5 +1,8 @@
 """From a configuration to this rank's model chunks."""
 
+import logging
+from dataclasses import replace
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -7,9 +10,14 @@ from megatron.core.transformer.module import Float16Module
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
+from megads.mcore.backend import choose_backend
 from megads.mcore.translate import transformer_config
+from megads.model.backends import backend_modules
+from megads.model.flash_attention import choose_core_attention
 from megads.model.init import initialize_weights
 from megads.model.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
 
 
 def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
@@ -18,6 +26,10 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
     The process groups must exist. 16-bit models come wrapped in Megatron-Core's `Float16Module`.
     """
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    choice = choose_backend(config, resolved)
+    logger.info("layers: %s (%s)", choice.name.replace("_", " "), choice.why)
+    core_attention = choose_core_attention(config, resolved, choice.name == "transformer_engine")
+    backend = replace(backend_modules(choice.name), core_attention=core_attention)
     transformer = transformer_config(config, resolved)
     chunks: list[torch.nn.Module] = []
     for chunk in range(resolved.vpp or 1):
@@ -27,6 +39,7 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
             resolved,
             transformer,
             groups,
+            backend,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,

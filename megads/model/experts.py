@@ -1,6 +1,6 @@
-"""Routed experts as one stacked weight and grouped matrix products: no loop over experts.
+"""Routed experts; natively as one stacked weight and grouped matrix products: no loop over experts.
 
-Works wherever `torch.nn.functional.grouped_mm` does (CPU, Hopper), without Transformer Engine.
+That works wherever `torch.nn.functional.grouped_mm` does (CPU, Hopper), without Transformer Engine.
 
 Shapes: T dispatched tokens sorted by expert, E local experts, H hidden, I expert width (its local
 part under expert tensor parallelism).
@@ -19,8 +19,38 @@ from torch import Tensor
 from megads.model.functional import swiglu
 
 
-class GroupedExperts(MegatronModule):
-    """SwiGLU experts: `weight1` [E, 2, I, H] (gate, up), `weight2` [E, H, I]."""
+class Experts(MegatronModule):
+    """The routed experts of a rank, however they are computed.
+
+    In a checkpoint they are `weight1` [E, 2, I, H] (gate, up) and `weight2` [E, H, I] over all ranks;
+    `expert_shapes` has this rank's part of one expert of each.
+    """
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.groups = pg_collection
+        self.num_local_experts = num_local_experts
+        width, hidden = config.moe_ffn_hidden_size // pg_collection.expt_tp.size(), config.hidden_size
+        self.expert_shapes = {"weight1": (2, width, hidden), "weight2": (hidden, width)}
+
+    def expert_weights(self, name: str) -> list[Tensor]:
+        """`weight1` or `weight2` of each of this rank's experts, in order, to be filled in place."""
+        raise NotImplementedError
+
+    def mark_as_experts(self) -> None:
+        """Have gradients reduced over the expert data-parallel group, whose size follows from EP and ETP.
+
+        Also without expert parallelism, where expert TP may differ from TP.
+        """
+        for weight in self.parameters():
+            weight.allreduce = False  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = self.groups.expt_tp.size() > 1  # type: ignore[attr-defined]
+
+
+class GroupedExperts(Experts):
+    """SwiGLU experts, stacked: `weight1` [E, 2, I, H] (gate, up), `weight2` [E, H, I]."""
 
     def __init__(
         self,
@@ -29,22 +59,14 @@ class GroupedExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
     ) -> None:
-        super().__init__(config)
-        self.groups = pg_collection
-        self.num_local_experts = num_local_experts
-        tensor_parallel = pg_collection.expt_tp.size()
-        width, hidden, dtype = (
-            config.moe_ffn_hidden_size // tensor_parallel,
-            config.hidden_size,
-            config.params_dtype,
-        )
-        self.weight1 = torch.nn.Parameter(torch.empty(num_local_experts, 2, width, hidden, dtype=dtype))
-        self.weight2 = torch.nn.Parameter(torch.empty(num_local_experts, hidden, width, dtype=dtype))
-        for weight in (self.weight1, self.weight2):
-            # Expert gradients are reduced over the expert data-parallel group, whose size follows from
-            # EP and expert TP alone; also without expert parallelism, where expert TP may differ from TP.
-            weight.allreduce = False  # type: ignore[attr-defined]
-            weight.tensor_model_parallel = tensor_parallel > 1  # type: ignore[attr-defined]
+        super().__init__(num_local_experts, config, pg_collection)
+        for weight, shape in self.expert_shapes.items():
+            empty = torch.empty(num_local_experts, *shape, dtype=config.params_dtype)
+            self.register_parameter(weight, torch.nn.Parameter(empty))
+        self.mark_as_experts()
+
+    def expert_weights(self, name: str) -> list[Tensor]:
+        return list(self.get_parameter(name).unbind())
 
     def forward(self, tokens_TH: Tensor, tokens_per_expert: Tensor, gates_T: Tensor) -> tuple[Tensor, None]:
         """Gated expert outputs [T, H]: gate * down(silu(gate_proj(x)) * up_proj(x))."""
@@ -53,9 +75,12 @@ class GroupedExperts(MegatronModule):
             # their gradient travels back through an all-to-all that the other ranks are waiting in.
             return tokens_TH + 0.0 * (self.weight1.sum() + self.weight2.sum() + gates_T.sum()), None
         ends = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
-        weight1 = self.weight1.flatten(1, 2).transpose(1, 2)
-        hidden_TI = swiglu(F.grouped_mm(tokens_TH, weight1, offs=ends), gates_T)
-        return F.grouped_mm(hidden_TI, self.weight2.transpose(1, 2), offs=ends), None
+        hidden_TI = swiglu(self.product("weight1", tokens_TH, self.weight1.flatten(1, 2), ends), gates_T)
+        return self.product("weight2", hidden_TI, self.weight2, ends), None
+
+    def product(self, name: str, x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        """Each expert's rows of x times its weight, which is (part of) the parameter `name`: [T, O]."""
+        return F.grouped_mm(x_TI, weight_EOI.transpose(1, 2), offs=ends_E)
 
     def backward_dw(self) -> None:
         """Weight gradients are computed with the input gradients: nothing is left to do."""

@@ -13,21 +13,24 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megads.model.experts import GroupedExperts
+from megads.model.experts import Experts
 from megads.model.language_model import LanguageModel
-from megads.model.norm import Norm
+
+
+def canonical_name(model: LanguageModel, name: str) -> str:
+    """The name in the whole model of a parameter or module of this stage: layers counted over all stages."""
+    if name.startswith("decoder.layers."):
+        _, _, index, rest = name.split(".", 3)
+        return f"decoder.layers.{int(index) + model.decoder.layers[0].layer_number - 1}.{rest}"
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
+    return name
 
 
 def canonical_names(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This stage's parameters under their names in the whole model: layers counted over all stages."""
-    offset = model.decoder.layers[0].layer_number - 1 if len(model.decoder.layers) else 0
+    """This stage's parameters under their names in the whole model."""
     for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, index, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(index) + offset}.{rest}"
-        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied embedding
-        yield name, parameter
+        yield canonical_name(model, name), parameter
 
 
 def draw_whole(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
@@ -47,32 +50,29 @@ def local_slice(whole: Tensor, parameter: Tensor, tp_rank: int, tp_size: int) ->
     return torch.cat(parts, dim)
 
 
-def _draw_experts(
-    name: str, parameter: Tensor, groups: ProcessGroupCollection, std: float, seed: int
-) -> None:
+def _draw_experts(prefix: str, experts: Experts, std: float, seed: int) -> None:
     """Expert by expert, so that no rank draws more than it holds (times expert TP)."""
-    etp, first = groups.expt_tp, groups.ep.rank() * parameter.shape[0]
-    shape = list(parameter.shape[1:])
-    shape[1] *= etp.size()
-    for local, expert in enumerate(parameter):
-        whole = draw_whole(f"{name}.{first + local}", tuple(shape), std, seed)
-        expert.copy_(whole.chunk(etp.size(), dim=1)[etp.rank()])
+    etp, first = experts.groups.expt_tp, experts.groups.ep.rank() * experts.num_local_experts
+    for name in ("weight1", "weight2"):
+        shape = list(experts.expert_shapes[name])
+        shape[1] *= etp.size()  # the width, in both
+        for local, weight in enumerate(experts.expert_weights(name)):
+            whole = draw_whole(f"{prefix}.{name}.{first + local}", tuple(shape), std, seed)
+            weight.copy_(whole.chunk(etp.size(), dim=1)[etp.rank()].reshape(weight.shape))
 
 
 @torch.no_grad()
 def initialize_weights(model: LanguageModel, groups: ProcessGroupCollection, std: float, seed: int) -> None:
     """Fill every parameter of a stage in place."""
-    norms = {id(p) for module in model.modules() if isinstance(module, Norm) for p in module.parameters()}
-    experts = {
-        id(p) for module in model.modules() if isinstance(module, GroupedExperts) for p in module.parameters()
-    }
+    of_experts: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            of_experts.update(map(id, module.parameters()))
+            _draw_experts(canonical_name(model, name), module, std, seed)
     tp = groups.tp
     for name, parameter in canonical_names(model):
-        if id(parameter) in norms:
-            continue  # built as ones and zeros
-        if id(parameter) in experts:
-            _draw_experts(name, parameter, groups, std, seed)
-            continue
+        if parameter.dim() == 1 or id(parameter) in of_experts:
+            continue  # norms are built as ones and zeros
         shape = list(parameter.shape)
         if getattr(parameter, "tensor_model_parallel", False):
             shape[parameter.partition_dim] *= tp.size()  # type: ignore[attr-defined]

@@ -8,6 +8,10 @@ Shapes: B batch, S this rank's part of the sequence (under context parallelism),
 K = 1 + MTP depth predictions per position.
 """
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -22,9 +26,18 @@ from torch import Tensor
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
+from megads.mcore.precision import mtp_config
+from megads.model.backends import Backend
 from megads.model.functional import cross_entropy
 from megads.model.layers import block_submodules, mtp_spec
 from megads.model.rope import rotary_table
+
+
+def _without_fused_gradients(config: MLATransformerConfig) -> MLATransformerConfig:
+    """For a linear of Megatron-Core's own, which would need NVIDIA's apex to fuse them on CUDA."""
+    config = copy.copy(config)
+    config.gradient_accumulation_fusion = False
+    return config
 
 
 class LanguageModel(LanguageModule):
@@ -40,6 +53,7 @@ class LanguageModel(LanguageModule):
         resolved: Resolved,
         transformer_config: MLATransformerConfig,
         groups: ProcessGroupCollection,
+        backend: Backend,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
@@ -66,6 +80,7 @@ class LanguageModel(LanguageModule):
             transformer_config,
             block_submodules(
                 config,
+                backend,
                 shape.is_moe,
                 get_transformer_layer_offset(transformer_config, vp_stage, pp_rank),
                 get_num_layers_to_build(transformer_config, vp_stage, pp_rank),
@@ -77,8 +92,8 @@ class LanguageModel(LanguageModule):
         )
         if self.mtp_process:
             self.mtp = MultiTokenPredictionBlock(
-                transformer_config,
-                mtp_spec(config, shape.is_moe[-1], self.mtp_depth),
+                mtp_config(config, transformer_config),
+                mtp_spec(config, backend, shape.is_moe[-1], self.mtp_depth),
                 vp_stage=vp_stage,
                 pg_collection=groups,
             )
@@ -86,7 +101,7 @@ class LanguageModel(LanguageModule):
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 transformer_config.hidden_size,
                 model.vocab_size,
-                config=transformer_config,
+                config=_without_fused_gradients(transformer_config),
                 init_method=transformer_config.init_method,
                 bias=False,
                 gather_output=False,
@@ -101,6 +116,31 @@ class LanguageModel(LanguageModule):
             # MTP looks tokens up in the last stage's copy, so the table has a gradient besides the one that
             # a fused linear adds to the buffer. Megatron-Core knows this of single-stage models only.
             self.embedding.word_embeddings.weight.zero_out_wgrad = True
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Weights and balancing biases; the same names and places whatever library computes the layers.
+
+        Without the extra states of linears: the native ones have none, and what Transformer Engine keeps
+        there belongs to the quantization of one run, not to the model.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: shard for name, shard in state.items() if "_extra_state" not in name}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's, but that extra states may always be missing."""
+        given = dict(state_dict)
+        result = super().load_state_dict(given, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if "_extra_state" not in name]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing: {missing}, unexpected: {result.unexpected_keys}")
+        return result
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor | None) -> None:
         """Activations from the previous stage, given by the pipeline schedule."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import random
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -24,11 +23,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megads.config.schema import Config, MoE
+from megads.model.backends import Backend
 from megads.model.deep_ep import configure_deep_ep
-from megads.model.experts import GroupedExperts
 from megads.model.functional import swiglu
 from megads.model.mla import MultiLatentAttention
-from megads.model.norm import Norm
 from megads.model.router import Router
 
 
@@ -69,13 +67,13 @@ class SharedExperts(SharedExpertMLP):
         return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))[0]
 
 
-def _build_moe_layer(moe: MoE, **kwargs: Any) -> MoELayer:
+def _build_moe_layer(moe: MoE, backend: Backend, **kwargs: Any) -> MoELayer:
     submodules = MoESubmodules(
-        experts=GroupedExperts,
+        experts=backend.experts,
         router=partial(Router, moe=moe),
         shared_experts=partial(
             SharedExperts,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear),
         ),
     )
     layer = DropoutMoELayer(submodules=submodules, **kwargs)
@@ -85,25 +83,25 @@ def _build_moe_layer(moe: MoE, **kwargs: Any) -> MoELayer:
     return layer
 
 
-def layer_spec(config: Config, is_moe: bool) -> ModuleSpec:
+def layer_spec(config: Config, backend: Backend, is_moe: bool) -> ModuleSpec:
     """One pre-norm layer: norm, MLA, residual; norm, FFN or experts, residual."""
     mlp: Callable[..., torch.nn.Module]
     if is_moe:
-        mlp = partial(_build_moe_layer, moe=config.model.moe)
+        mlp = partial(_build_moe_layer, moe=config.model.moe, backend=backend)
     else:
         mlp = partial(
             FeedForward.as_mlp_submodule,
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear),
         )
     # Megatron-Core's MTP layer looks for the mask type among the parameters.
-    attention = {"mla": config.model.mla, "attn_mask_type": AttnMaskType.causal}
+    attention = {"mla": config.model.mla, "backend": backend, "attn_mask_type": AttnMaskType.causal}
     return ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=backend.norm,
             self_attention=ModuleSpec(module=MultiLatentAttention, params=attention),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=backend.norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -111,25 +109,25 @@ def layer_spec(config: Config, is_moe: bool) -> ModuleSpec:
 
 
 def block_submodules(
-    config: Config, is_moe: tuple[bool, ...], first_layer: int, layers: int
+    config: Config, backend: Backend, is_moe: tuple[bool, ...], first_layer: int, layers: int
 ) -> TransformerBlockSubmodules:
     """The layers `first_layer` on of the decoder, counted from 0."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, moe) for moe in is_moe[first_layer : first_layer + layers]],
-        layer_norm=Norm,
+        layer_specs=[layer_spec(config, backend, moe) for moe in is_moe[first_layer : first_layer + layers]],
+        layer_norm=backend.norm,
     )
 
 
-def mtp_spec(config: Config, is_moe: bool, depth: int) -> ModuleSpec:
+def mtp_spec(config: Config, backend: Backend, is_moe: bool, depth: int) -> ModuleSpec:
     """`depth` MTP modules (DeepSeek-V3, section 2.2), each with one layer like the decoder's last."""
     layer = ModuleSpec(
         module=MultiTokenPredictionLayer,
         submodules=MultiTokenPredictionLayerSubmodules(
-            enorm=Norm,
-            hnorm=Norm,
-            eh_proj=ColumnParallelLinear,
-            mtp_model_layer=layer_spec(config, is_moe),
-            layer_norm=Norm,
+            enorm=backend.norm,
+            hnorm=backend.norm,
+            eh_proj=backend.column_linear,
+            mtp_model_layer=layer_spec(config, backend, is_moe),
+            layer_norm=backend.norm,
         ),
     )
     return ModuleSpec(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -27,9 +26,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megads.config.schema import MLA
-from megads.model.attention import dense_attention
+from megads.model.backends import Backend
 from megads.model.context_parallel import gather_sequence, local_chunks, local_positions, order_after_gather
-from megads.model.norm import Norm
 from megads.model.rope import rotate, softmax_scale
 
 # DeepSeek's code leaves the norms on the latents at this epsilon whatever the model's own is.
@@ -41,12 +39,14 @@ def _heads_first(x_SBNX: Tensor) -> Tensor:
     return x_SBNX.permute(1, 2, 0, 3)
 
 
-class ReplicatedLinear(torch.nn.Linear):
-    """A linear layer that every tensor-parallel rank holds whole."""
+def _join(nope_SBNX: Tensor, rope_SBNX: Tensor) -> Tensor:
+    """Both parts of queries or keys, [B, N, S, D], written in the order in which kernels read them.
 
-    def __init__(self, in_features: int, out_features: int, config: MLATransformerConfig) -> None:
-        super().__init__(in_features, out_features, bias=False, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    On the CPU the rows of a head one after the other; flash kernels read tokens with all their heads.
+    """
+    if nope_SBNX.device.type == "cpu":
+        return torch.cat((_heads_first(nope_SBNX), _heads_first(rope_SBNX)), dim=-1)
+    return _heads_first(torch.cat((nope_SBNX, rope_SBNX), dim=-1))
 
 
 class MultiLatentAttention(MegatronModule):
@@ -61,6 +61,7 @@ class MultiLatentAttention(MegatronModule):
         config: MLATransformerConfig,
         layer_number: int,
         mla: MLA,
+        backend: Backend,
         pg_collection: ProcessGroupCollection,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
@@ -75,23 +76,28 @@ class MultiLatentAttention(MegatronModule):
         self.scale = softmax_scale(mla, self.qk_head_dim)
         self.window = mla.sliding_window
         self.dropout = mla.attn_dropout
+        self.core_attention = backend.core_attention
         self.recompute_up_projection = (
             config.recompute_granularity == "selective" and "mla_up_proj" in config.recompute_modules
         )
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
-            self.linear_q_proj = self._split_over_heads(config.hidden_size, heads * self.qk_head_dim)
+            self.linear_q_proj = self._split_over_heads(backend, config.hidden_size, heads * self.qk_head_dim)
         else:
-            self.linear_q_down_proj = ReplicatedLinear(config.hidden_size, config.q_lora_rank, config)
-            self.q_layernorm = Norm(config, config.q_lora_rank, LATENT_NORM_EPS)
-            self.linear_q_up_proj = self._split_over_heads(config.q_lora_rank, heads * self.qk_head_dim)
+            self.linear_q_down_proj = backend.replicated_linear(
+                config.hidden_size, config.q_lora_rank, config
+            )
+            self.q_layernorm = backend.norm(config, config.q_lora_rank, LATENT_NORM_EPS)
+            self.linear_q_up_proj = self._split_over_heads(
+                backend, config.q_lora_rank, heads * self.qk_head_dim
+            )
         latent_and_rope = config.kv_lora_rank + config.qk_pos_emb_head_dim
-        self.linear_kv_down_proj = ReplicatedLinear(config.hidden_size, latent_and_rope, config)
-        self.kv_layernorm = Norm(config, config.kv_lora_rank, LATENT_NORM_EPS)
+        self.linear_kv_down_proj = backend.replicated_linear(config.hidden_size, latent_and_rope, config)
+        self.kv_layernorm = backend.norm(config, config.kv_lora_rank, LATENT_NORM_EPS)
         self.linear_kv_up_proj = self._split_over_heads(
-            config.kv_lora_rank, heads * (config.qk_head_dim + config.v_head_dim)
+            backend, config.kv_lora_rank, heads * (config.qk_head_dim + config.v_head_dim)
         )
-        self.linear_proj = RowParallelLinear(
+        self.linear_proj = backend.row_linear(
             heads * config.v_head_dim,
             config.hidden_size,
             config=config,
@@ -99,11 +105,13 @@ class MultiLatentAttention(MegatronModule):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
             tp_group=self.tp_group,
         )
 
-    def _split_over_heads(self, in_features: int, out_features: int) -> ColumnParallelLinear:
-        return ColumnParallelLinear(
+    def _split_over_heads(self, backend: Backend, in_features: int, out_features: int) -> torch.nn.Module:
+        return backend.column_linear(
             in_features,
             out_features,
             config=self.config,
@@ -111,6 +119,7 @@ class MultiLatentAttention(MegatronModule):
             bias=False,
             gather_output=False,
             skip_bias_add=False,
+            is_expert=False,
             tp_group=self.tp_group,
         )
 
@@ -145,16 +154,14 @@ class MultiLatentAttention(MegatronModule):
         k_nope, v_SBNV = kv_SBNX.split((config.qk_head_dim, config.v_head_dim), dim=-1)
         q_nope, q_rope = q_SBND.split((config.qk_head_dim, config.qk_pos_emb_head_dim), dim=-1)
         k_rope = rotate(rope_key_SBR.unsqueeze(2), table).expand(-1, -1, heads, -1)
-        # Permuted before they are joined: the join writes the heads' rows one after the other.
-        q_BNSD = torch.cat((_heads_first(q_nope), _heads_first(rotate(q_rope, q_table))), dim=-1)
-        k_BNSD = torch.cat((_heads_first(k_nope), _heads_first(k_rope)), dim=-1)
+        q_BNSD, k_BNSD = _join(q_nope, rotate(q_rope, q_table)), _join(k_nope, k_rope)
         return q_BNSD, k_BNSD, _heads_first(v_SBNV)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None) -> Tensor:
         """Attention of each contiguous chunk of this rank's queries: [S, B, N * V]."""
         chunks = local_chunks(self.cp_group.size(), self.cp_group.rank())
         parts = [
-            dense_attention(
+            self.core_attention(
                 queries,
                 k,
                 v,
@@ -182,15 +189,15 @@ class MultiLatentAttention(MegatronModule):
         if config.q_lora_rank is None:
             q_latent = hidden_states
         else:
-            q_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states))
-        kv_latent, rope_key = self.linear_kv_down_proj(hidden_states).split(
+            q_latent = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0])
+        kv_latent, rope_key = self.linear_kv_down_proj(hidden_states)[0].split(
             (config.kv_lora_rank, config.qk_pos_emb_head_dim), dim=-1
         )
         kv_latent = self.kv_layernorm(kv_latent)
 
-        # None, not the default False: Megatron-Core takes any other value for FP8 and asks for TE.
+        # None without Transformer Engine's FP8: Megatron-Core takes any other value for it.
         recompute = self.recompute_up_projection and self.training
-        checkpoint = CheckpointWithoutOutput(fp8=None) if recompute else None
+        checkpoint = CheckpointWithoutOutput(fp8=config.fp8) if recompute else None
         project_up = self._project_up
         if checkpoint is not None:
             q, k, v = checkpoint.checkpoint(project_up, q_latent, kv_latent, rope_key, rotary_pos_emb)

@@ -26,6 +26,7 @@ from megads.config.disk import checkpoint_bytes
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
+from megads.mcore.backend import choose_backend
 from megads.train.machines import (
     Finding,
     Report,
@@ -111,7 +112,7 @@ def _gather_reports(config: Config, resolved: Resolved) -> list[Report]:
         rank=dist.get_rank(),
         host=host_name(),
         device=f"cuda:{torch.cuda.current_device()}" if resolved.device == "cuda" else "cpu",
-        facts=machine_facts(config, resolved.device),
+        facts=machine_facts(config, resolved),
         clock_seconds=clock_seconds,
         flops_per_second=rate,
         hidden=tuple(path for path in written[0] if not _sees(path, token[0])),
@@ -129,11 +130,12 @@ def host_name() -> str:
     return socket.gethostname()
 
 
-def machine_facts(config: Config, device: str) -> dict[str, str]:
+def machine_facts(config: Config, resolved: Resolved) -> dict[str, str]:
     """What must be the same on all ranks; what is of a whole host is told by its first process only."""
     facts = {"Python": platform.python_version()}
     facts |= {package: _package_version(package) for package in PACKAGES}
-    if device == "cuda":
+    facts["what computes the layers"] = choose_backend(config, resolved).name
+    if resolved.device == "cuda":
         facts["the GPU"] = torch.cuda.get_device_name()
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         facts["the NVIDIA driver"] = driver_version(_read_text(DRIVER_FILE))

@@ -56,8 +56,9 @@ def test_resume_in_another_layout(data: Path, tmp_path: Path) -> None:
 def test_stages(data: Path, tmp_path: Path) -> None:
     """Pre-training, context extension and fine-tuning by one command; again, it has nothing left to do."""
     flags = ("--train-iters", 2, "--lr-warmup-iters", 0, "--log-interval", 1, "--eval-interval", 0)
+    own = shutil.copytree(data, tmp_path / "data")  # it adds the conversations to them
     for words in ("stage answers: number 3 of 3", "nothing is left to do"):
-        done = example("stages", *flags, "--output_dir", tmp_path / "run", DATA=data)
+        done = example("stages", *flags, "--output_dir", tmp_path / "run", DATA=own)
         assert done.returncode == 0, done.stdout + done.stderr
         assert words in done.stdout
     layouts = [

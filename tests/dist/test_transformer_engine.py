@@ -1,0 +1,121 @@
+"""The Transformer Engine backend as far as a machine without a GPU shows it: what is built, not what it computes.
+
+Its modules refuse to be built without CUDA, so the processes say that there is one while they build, and hold
+their tensors on the CPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.dist import tiny
+from tests.dist.harness import free_port, run_distributed
+from tests.dist.test_resume import load, save
+
+pytestmark = pytest.mark.skipif(
+    find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+LAYOUTS = ("single", "tp2", "ep2", "etp2", "pp2-uneven")
+SAVED_STEP = 2
+
+
+# --- in a worker ------------------------------------------------------------------------------
+
+
+def build_with_transformer_engine(settings: dict[str, Any]) -> Any:
+    """The training step; in a process that has not imported Megatron-Core yet."""
+    hopper = SimpleNamespace(name="H200", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30)
+    torch.cuda.get_device_capability = lambda *device: (hopper.major, hopper.minor)
+    torch.cuda.get_device_properties = lambda *device: hopper
+    import megatron.core.extensions.transformer_engine  # noqa: F401 (later it would be hidden)
+
+    from megads.mcore.groups import initialize_device, initialize_process_groups
+
+    config, resolved = tiny.configure(settings)
+    initialize_device("cpu")
+    initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
+    from megads.train.step import TrainingStep
+
+    model = config.model.model_copy(update={"backend": "transformer_engine"})
+    with mock.patch("torch.cuda.is_available", lambda: True):
+        return TrainingStep(config.model_copy(update={"model": model}), resolved)
+
+
+def native_shards(settings: dict[str, Any], directory: Path) -> tuple[list[tiny.Shard], list[tiny.Shard]]:
+    """Before the first step, and after some, which are saved into `directory`."""
+    step = tiny.start(settings)
+    first = tiny.shards(step, optimizer=False)
+    tiny.train(step, 0, SAVED_STEP)
+    save(step, directory, SAVED_STEP)
+    return first, tiny.shards(step)
+
+
+def other_shards(settings: dict[str, Any], directory: Path) -> tuple[list[tiny.Shard], list[tiny.Shard]]:
+    """Before the first step, and with the native checkpoint loaded, which is saved again."""
+    step = build_with_transformer_engine(settings)
+    computing = {type(module).__module__.split(".")[-1] for module in step.chunks[0].modules()}
+    assert "transformer_engine" in computing
+    first = tiny.shards(step, optimizer=False)
+    load(step, directory, generators=False)
+    save(step, directory.with_name("theirs"), SAVED_STEP)
+    return first, tiny.shards(step)
+
+
+def loaded_shards(settings: dict[str, Any], directory: Path) -> list[tiny.Shard]:
+    """Of a native run."""
+    step = tiny.start(settings)
+    load(step, directory, generators=False)
+    return tiny.shards(step)
+
+
+if __name__ == "__main__":
+    settings, directory, output = json.loads(sys.argv[1])
+    torch.save(other_shards(settings, Path(directory)), f"{output}/{os.environ['RANK']}.pt")
+
+
+# --- the tests --------------------------------------------------------------------------------
+
+
+def in_new_processes(count: int, settings: dict[str, Any], directory: Path, output: Path) -> list[Any]:
+    """`other_shards` on `count` processes: the results by rank."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", __name__, json.dumps([settings, str(directory), str(output)])]
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+    return [torch.load(output / f"{rank}.pt") for rank in range(count)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_is_the_same_whatever_library_computes_the_layers(layout: str, tmp_path: Path) -> None:
+    """First values of the weights, and what the other loads, optimizer included; then all the way back."""
+    processes, settings = tiny.LAYOUTS[layout]
+    checkpoints = tmp_path / "checkpoints"
+    native = run_distributed(processes, native_shards, settings=settings, directory=checkpoints)
+    other = in_new_processes(processes, settings, checkpoints, tmp_path)
+    back = run_distributed(processes, loaded_shards, settings=settings, directory=tmp_path / "theirs")
+    assert_same([first for first, _ in native], [first for first, _ in other])
+    assert_same([trained for _, trained in native], [loaded for _, loaded in other])
+    assert_same([trained for _, trained in native], back)
+
+
+def assert_same(ranks: list[list[tiny.Shard]], other_ranks: list[list[tiny.Shard]]) -> None:
+    whole, other = tiny.assemble(ranks), tiny.assemble(other_ranks)
+    assert whole.keys() == other.keys()
+    assert [name for name in whole if not torch.equal(whole[name], other[name])] == []
