@@ -132,9 +132,13 @@ class MLA(Section):
         aliases=("attention_dropout",),
         flags=("--attention-dropout",),
     )
-    use_flash_mla: bool = setting(False, "FlashAttention for MLA (CUDA only)")
-    flash_mla_backend: Literal["auto", "sparse", "dense"] = setting("auto", "flash kernel")
-    fallback_to_dense: bool = setting(True, "use the dense kernel where the flash one cannot work")
+    use_flash_mla: bool = setting(False, "attention by a flash kernel, on CUDA in 16 bits: docs/attention.md")
+    flash_mla_backend: Literal["auto", "sparse", "dense"] = setting(
+        "auto", "auto and dense: attention to all keys; sparse is refused"
+    )
+    fallback_to_dense: bool = setting(
+        True, "where no flash kernel works: torch's dense one and a warning; false: an error"
+    )
     use_fp8_kv: bool = setting(False, "FP8 latent cache when decoding")
 
 
