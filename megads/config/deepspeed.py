@@ -7,6 +7,7 @@ DeepSpeed's own buffers has no meaning under Megatron-Core and is reported as a 
 https://www.deepspeed.ai/docs/config-json/.
 """
 
+import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,8 +28,7 @@ _TUNING = {
     "zero_optimization.offload_optimizer.pin_memory", "zero_optimization.offload_param.pin_memory",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients",
     "gradient_predivide_factor", "communication_data_type", "optimizer.params.torch_adam",
-    "fp16.loss_scale", "fp16.loss_scale_window", "fp16.initial_scale_power", "fp16.hysteresis",
-    "fp16.min_loss_scale", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
 }  # fmt: skip
 # Features that are something else here, by the first words of their keys.
 _NEAREST = {
@@ -73,6 +73,10 @@ def translated(block: Any) -> dict[str, tuple[Any, str]]:
             found["training.adam_beta1"], found["training.adam_beta2"] = ((v, origin) for v in value)
         elif key == "zero_optimization.offload_optimizer.device":
             found[path] = (value != "none", origin)
+        elif key == "fp16.initial_scale_power" and isinstance(value, int):
+            found["training.fp16.initial_loss_scale"] = (2.0**value, origin)
+        elif key == "fp16.loss_scale" and value == 0:
+            found[path] = (None, origin)
         elif path in leaf_by_path():
             found[path] = (_comparable(value), origin)
     if found.get("training.use_fp16", (False, ""))[0] is True:
@@ -131,10 +135,17 @@ def _comparable(value: Any) -> Any:
 def _counterparts(config: Config, accumulation_steps: int | None) -> dict[str, tuple[str, Any]]:
     """DeepSpeed's key to (the setting of ours that says so, its value; None: not known yet)."""
     training, distributed = config.training, config.distributed
-    overlap = distributed.overlap_grad_reduce
+    overlap, fp16 = distributed.overlap_grad_reduce, training.fp16
     betas = [training.adam_beta1, training.adam_beta2]
     return {
         "fp16.enabled": ("training.use_fp16", training.use_fp16),
+        "fp16.loss_scale": ("training.fp16.loss_scale", fp16.loss_scale or 0),  # 0: dynamic
+        "fp16.initial_scale_power": (
+            "the power of two of training.fp16.initial_loss_scale", math.log2(fp16.initial_loss_scale),
+        ),
+        "fp16.loss_scale_window": ("training.fp16.loss_scale_window", fp16.loss_scale_window),
+        "fp16.hysteresis": ("training.fp16.hysteresis", fp16.hysteresis),
+        "fp16.min_loss_scale": ("training.fp16.min_loss_scale", fp16.min_loss_scale),
         "bf16.enabled": ("training.use_bf16", training.use_bf16),
         "zero_optimization.stage": ("distributed.zero_stage", distributed.zero_stage),
         "zero_optimization.overlap_comm": ("distributed.overlap_grad_reduce", overlap),

@@ -23,7 +23,6 @@ def _missing_features(config: Config) -> Iterator[str]:
     more_parallel = "zero_stage = 1 with more tensor, pipeline or expert parallelism"
     # (asked for, setting, what is missing, nearest thing that works)
     table = [
-        (config.training.use_fp8, "training.use_fp8", "FP8 training", "use_bf16 = true on CUDA"),
         (mla.use_fp8_kv, "model.mla.use_fp8_kv", "an FP8 latent cache", "false"),
         (distributed.zero_stage >= 2, stage, "sharding of gradients and parameters", more_parallel),
         (distributed.zero_offload, "distributed.zero_offload", "optimizer state in host memory", spread),

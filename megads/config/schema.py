@@ -316,6 +316,69 @@ class Stability(Section):
     max_rollbacks: int = setting(3, "rollbacks of a run; one more ends it", ge=0)
 
 
+class FP16(Section):
+    """Loss scaling of FP16 (arXiv:1710.03740): gradients are scaled up, out of FP16's underflow."""
+
+    loss_scale: float | None = setting(None, "a fixed scale; null: dynamic", flags=("--loss-scale",), gt=0)
+    initial_loss_scale: float = setting(
+        65536.0, "dynamic scale of the first step", flags=("--initial-loss-scale",), gt=0
+    )
+    min_loss_scale: float = setting(1.0, "below which it does not fall", flags=("--min-loss-scale",), gt=0)
+    loss_scale_window: int = setting(
+        1000,
+        "steps without an overflow after which it is doubled",
+        unit="steps",
+        flags=("--loss-scale-window",),
+        gt=0,
+    )
+    hysteresis: int = setting(
+        2, "overflows from which on each one halves it", unit="steps", flags=("--hysteresis",), gt=0
+    )
+
+
+class FP8(Section):
+    """What `use_fp8` rounds, and how (DeepSeek-V3, section 3.3).
+
+    Embedding, output head, router, norms and core attention are never in FP8.
+    """
+
+    recipe: Literal["auto", "blockwise", "tensorwise", "delayed", "mxfp8"] = setting(
+        "auto",
+        "scales per 1x128 and 128x128 block, per tensor, per tensor from earlier steps, per 1x32 block; "
+        "auto: mxfp8 on Blackwell, else blockwise",
+        source=f"{V3}, section 3.3.2: blockwise",
+        flags=("--fp8-recipe",),
+    )
+    format: Literal["e4m3", "hybrid"] = setting(
+        "e4m3",
+        "hybrid: gradients in E5M2",
+        source=f"{V3}, section 3.3.2: e4m3",
+        flags=("--fp8-format",),
+    )
+    amax_history_len: int = setting(
+        1024,
+        "steps whose largest values make the scale (delayed only)",
+        unit="steps",
+        flags=("--fp8-amax-history-len",),
+        gt=0,
+    )
+    amax_compute_algo: Literal["max", "most_recent"] = setting(
+        "max", "which of them (delayed only)", flags=("--fp8-amax-compute-algo",)
+    )
+    bf16_first_layers: int = setting(
+        0, "decoder layers at the start without FP8", flags=("--num-layers-at-start-in-bf16",), ge=0
+    )
+    bf16_last_layers: int = setting(
+        0, "decoder layers at the end without FP8", flags=("--num-layers-at-end-in-bf16",), ge=0
+    )
+    bf16_mtp: bool = setting(False, "no FP8 in MTP")
+    param_gather: bool = setting(
+        False,
+        "keep the weights of FP8 products in FP8 and gather them so over data parallelism (CUDA only)",
+        flags=("--fp8-param-gather",),
+    )
+
+
 class Training(Section):
     """Batches, length of the run, optimizer, schedules, precision, objective."""
 
@@ -384,9 +447,20 @@ class Training(Section):
     adam_beta2: float = setting(0.95, "Adam beta2", flags=("--adam-beta2",), ge=0, lt=1)
     adam_eps: float = setting(1e-8, "Adam epsilon", flags=("--adam-eps",), gt=0)
     sgd_momentum: float = setting(0.9, "momentum of SGD", flags=("--sgd-momentum",), ge=0, lt=1)
-    use_fp16: bool = setting(False, "FP16 with dynamic loss scaling (CUDA only)", flags=("--fp16",))
+    adam_exp_avg_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "Adam's first moment", source=f"{V3}, section 3.3.3: bf16", flags=("--exp-avg-dtype",)
+    )
+    adam_exp_avg_sq_dtype: Literal["fp32", "bf16"] = setting(
+        "fp32", "Adam's second moment", source=f"{V3}, section 3.3.3: bf16", flags=("--exp-avg-sq-dtype",)
+    )
+    use_fp16: bool = setting(False, "FP16 with loss scaling (CUDA only)", flags=("--fp16",))
     use_bf16: bool = setting(True, "BF16 with FP32 master weights; a CPU run uses FP32", flags=("--bf16",))
-    use_fp8: bool = setting(False, "FP8 through Transformer Engine (CUDA only)")
+    use_fp8: bool = setting(
+        False,
+        "FP8 matrix products, through Transformer Engine on CUDA; a CPU run emulates them in FP32, slowly",
+    )
+    fp16: FP16 = FP16()
+    fp8: FP8 = FP8()
     use_mtp: bool = setting(False, "multi-token prediction", source=f"{V3}, section 2.2")
     num_predict_tokens: int = setting(
         2,

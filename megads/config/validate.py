@@ -9,7 +9,13 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 
-from megads.config import validate_kernels, validate_layout, validate_model, validate_schedules
+from megads.config import (
+    validate_kernels,
+    validate_layout,
+    validate_model,
+    validate_precision,
+    validate_schedules,
+)
 from megads.config.deepspeed import deepspeed_problems
 from megads.config.not_yet import missing_packages, not_yet
 from megads.config.resolve import batch_schedule, run_length
@@ -39,6 +45,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from validate_model.model_problems(config)
     yield from validate_layout.layout_problems(config, world_size)
     yield from _training(config)
+    yield from validate_precision.precision_problems(config, cuda)
     yield from _data(config)
     yield from _checkpointing(config)
     yield from _budget(config.budget)
@@ -104,6 +111,7 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         )
     if moe.capacity_factor is None:
         yield ["model.moe.min_expert_capacity"], "capacity_factor is null, so nothing is dropped"
+    yield from validate_precision.inert_precision(config)
     yield from _inert_checks(config)
 
 
@@ -134,8 +142,6 @@ def _after_the_end(config: Config) -> Iterator[tuple[list[str], str]]:
 
 def _training(config: Config) -> Iterator[str]:
     training = config.training
-    if training.use_fp16 and training.use_bf16:
-        yield "training.use_fp16 and training.use_bf16 exclude each other: set use_bf16 to false for FP16"
     if training.seq_length > config.model.mla.max_context_length:
         yield (
             f"training.seq_length = {training.seq_length} is more than model.mla.max_context_length = "

@@ -12,6 +12,7 @@ from megatron.core.utils import init_method_normal
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.backend import choose_backend
+from megads.mcore.precision import gathers_fp8_parameters, optimizer_precision, transformer_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -119,6 +120,7 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
         apply_rope_fusion=False,
         moe_permute_fusion=False,
         transformer_impl="transformer_engine" if transformer_engine else "local",
+        **transformer_precision(config, resolved),
         **_experts(config, resolved),
         **_recompute(config),
     )
@@ -137,6 +139,7 @@ def ddp_config(config: Config, resolved: Resolved) -> DistributedDataParallelCon
         and resolved.dp * resolved.cp > 1,
         use_distributed_optimizer=sharded,
         average_in_collective=False,
+        fp8_param_gather=gathers_fp8_parameters(config, resolved),
     )
 
 
@@ -163,4 +166,5 @@ def optimizer_config(config: Config, resolved: Resolved) -> OptimizerConfig:
         params_dtype=DTYPES[resolved.precision],
         use_distributed_optimizer=config.distributed.zero_stage == 1,
         overlap_param_gather=ddp_config(config, resolved).overlap_param_gather,
+        **optimizer_precision(config, resolved),
     )

@@ -11,9 +11,11 @@ from megatron.core.transformer.module import Float16Module
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.backend import choose_backend
+from megads.mcore.precision import plan_fp8
 from megads.mcore.translate import transformer_config
 from megads.model.backends import backend_modules
 from megads.model.flash_attention import choose_core_attention
+from megads.model.fp8_emulation import emulated_backend
 from megads.model.init import initialize_weights
 from megads.model.language_model import LanguageModel
 
@@ -30,6 +32,10 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
     logger.info("layers: %s (%s)", choice.name.replace("_", " "), choice.why)
     core_attention = choose_core_attention(config, resolved, choice.name == "transformer_engine")
     backend = replace(backend_modules(choice.name), core_attention=core_attention)
+    if (fp8 := plan_fp8(config, resolved)) is not None:
+        logger.info("%s", fp8.describe())
+        if fp8.emulated:
+            backend = emulated_backend(backend, config.training.fp8, fp8.recipe)
     transformer = transformer_config(config, resolved)
     chunks: list[torch.nn.Module] = []
     for chunk in range(resolved.vpp or 1):

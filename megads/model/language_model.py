@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
+from megads.mcore.precision import mtp_config
 from megads.model.backends import Backend
 from megads.model.functional import cross_entropy
 from megads.model.layers import block_submodules, mtp_spec
@@ -91,7 +92,7 @@ class LanguageModel(LanguageModule):
         )
         if self.mtp_process:
             self.mtp = MultiTokenPredictionBlock(
-                transformer_config,
+                mtp_config(config, transformer_config),
                 mtp_spec(config, backend, shape.is_moe[-1], self.mtp_depth),
                 vp_stage=vp_stage,
                 pg_collection=groups,

@@ -108,18 +108,32 @@ def layer_spec(config: Config, backend: Backend, is_moe: bool) -> ModuleSpec:
     )
 
 
+def _backend_of_layer(config: Config, backend: Backend, layer: int | None) -> Backend:
+    """The modules of a decoder layer, counted from 0, or of MTP (None): it may be kept without FP8."""
+    fp8, layers = config.training.fp8, config.model.num_layers
+    if layer is None:
+        kept = fp8.bf16_mtp
+    else:
+        kept = layer < fp8.bf16_first_layers or layer >= layers - fp8.bf16_last_layers
+    return backend.without_fp8 if kept and backend.without_fp8 is not None else backend
+
+
 def block_submodules(
     config: Config, backend: Backend, is_moe: tuple[bool, ...], first_layer: int, layers: int
 ) -> TransformerBlockSubmodules:
     """The layers `first_layer` on of the decoder, counted from 0."""
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(config, backend, moe) for moe in is_moe[first_layer : first_layer + layers]],
+        layer_specs=[
+            layer_spec(config, _backend_of_layer(config, backend, layer), is_moe[layer])
+            for layer in range(first_layer, first_layer + layers)
+        ],
         layer_norm=backend.norm,
     )
 
 
 def mtp_spec(config: Config, backend: Backend, is_moe: bool, depth: int) -> ModuleSpec:
     """`depth` MTP modules (DeepSeek-V3, section 2.2), each with one layer like the decoder's last."""
+    backend = _backend_of_layer(config, backend, None)
     layer = ModuleSpec(
         module=MultiTokenPredictionLayer,
         submodules=MultiTokenPredictionLayerSubmodules(

@@ -2,7 +2,7 @@
 
 The optimizer is Megatron-Core's: sharded over data parallelism with `zero_stage` 1, with FP32 master
 weights for 16-bit models. It takes Transformer Engine's fused Adam where that is installed, then
-NVIDIA's apex, then torch's.
+NVIDIA's apex, then torch's; with BF16 moments ours (`adam.py`) in place of torch's.
 """
 
 import math
@@ -16,7 +16,9 @@ from megatron.core.utils import get_model_config
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
-from megads.mcore.translate import ddp_config, optimizer_config
+from megads.mcore.translate import DTYPES, ddp_config, optimizer_config
+from megads.optim.adam import use_moments_of
+from megads.optim.loss_scale import share_loss_scale
 
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
@@ -76,9 +78,14 @@ def build_optimizer(
     """The optimizer of the wrapped chunks."""
     optimizer = get_megatron_optimizer(optimizer_config(config, resolved), chunks)
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
+    share_loss_scale(optimizer)
     _refuse_nonfinite_gradients(optimizer)
+    moments = config.training.adam_exp_avg_dtype, config.training.adam_exp_avg_sq_dtype
+    low_precision = config.training.optimizer != "sgd" and moments != ("fp32", "fp32")
     for inner in _inner_optimizers(optimizer):
-        if isinstance(inner.optimizer, _TORCH_ADAM):
+        if low_precision:
+            use_moments_of(inner, *(DTYPES[dtype] for dtype in moments))
+        elif isinstance(inner.optimizer, _TORCH_ADAM):
             # One pass over the weights instead of about ten; Megatron-Core does not ask for it.
             inner.optimizer.defaults["fused"] = True
             for group in inner.optimizer.param_groups:

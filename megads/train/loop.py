@@ -257,6 +257,11 @@ class Run:
             self.progress.skipped_in_a_row = 0
             return
         assert self.verdict is not None
+        if result.settling:
+            # No sign of divergence: it ends once the scale fits, or has reached its least value.
+            text = f"skipped: gradients overflowed FP16; the loss scale is {result.loss_scale:g} now"
+            self.reporter.event(self.state.step, self.state.tokens, "overflow", {}, text)
+            return
         self.progress.skipped_in_a_row += 1
         not_finite = self.verdict.action in ("accept", "warn")
         if not_finite:
@@ -325,7 +330,11 @@ class Run:
         self.state.recent_losses = self.watch.recent.as_tuple()
         record = checkpoint_record(self.config, self.resolved, self.state, self.datasets)
         state = sharded_state(
-            self.step, optimizer=checkpointing.save_optimizer, generators=True, average=self.average
+            self.step,
+            optimizer=checkpointing.save_optimizer,
+            generators=True,
+            fp8_histories=self.step.delayed_scaling,
+            average=self.average,
         )
         self.store.save(self.state.step, state, record, metrics)
         self.progress.saved_step = self.state.step

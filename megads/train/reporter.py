@@ -82,6 +82,7 @@ class Reporter:
         moe_layers = sum(shape.is_moe)
         mtp_layers = shape.mtp_depth if shape.mtp_is_moe else 0
         names = [*self._losses, *self._step.contents.names, "grad_norm", "squared_param_norm"]
+        names += ["loss_scale"] if self._resolved.precision == "fp16" else []
         names += ["mtp_loss"] if shape.mtp_depth else []
         names += ["aux_loss"] if moe_layers and config.model.moe.balance_loss_type != "none" else []
         names += [f"seconds/{phase}" for phase in PHASES]
@@ -123,6 +124,8 @@ class Reporter:
             meter.add_sum("mtp_loss", result.loss_sums[1:].sum(), result.token_counts[1:].sum())
         if result.grad_norm is not None:
             meter.add("grad_norm", result.grad_norm)
+        if result.loss_scale is not None:
+            meter.add("loss_scale", result.loss_scale)
         if len(result.balance_losses):
             if self._config.model.moe.balance_loss_type != "none":
                 meter.add_sum("aux_loss", result.balance_losses.sum(), len(result.balance_losses))

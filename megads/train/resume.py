@@ -16,7 +16,7 @@ from megads.errors import CheckpointError
 from megads.train.average import ParameterAverage
 from megads.train.snapshot import layout_of, restore_state, sharded_state
 from megads.train.state import TrainState
-from megads.train.step import TrainingStep
+from megads.train.step import TrainingStep, has_delayed_scaling
 
 logger = logging.getLogger(__name__)
 
@@ -125,15 +125,21 @@ def _load(
     average: ParameterAverage | None,
 ) -> None:
     """Tensors of a checkpoint into their places; an average that it does not hold begins with the weights."""
-    saved_average = average if record.get("has_average") else None
-    loaded = store.load(
-        found.path,
-        sharded_state(step, optimizer=optimizer, generators=generators, average=saved_average, loading=True),
-    )
+    parts: dict[str, Any] = {
+        "optimizer": optimizer,
+        "generators": generators,
+        "fp8_histories": generators
+        and step.delayed_scaling
+        and has_delayed_scaling(record["config"]["training"]),
+        "average": average if record.get("has_average") else None,
+    }
+    loaded = store.load(found.path, sharded_state(step, **parts, loading=True))
     if loaded is None:
         raise CheckpointError(f"{found.path} disappeared while it was being loaded")
-    restore_state(step, loaded[0], optimizer=optimizer, generators=generators, average=saved_average)
-    if average is not None and saved_average is None:
+    restore_state(step, loaded[0], **parts)
+    if step.delayed_scaling and not parts["fp8_histories"] and dist.get_rank() == 0:
+        logger.warning("the checkpoint holds no FP8 scales of this layout: they start afresh")
+    if average is not None and parts["average"] is None:
         average.start_from_weights()
         if dist.get_rank() == 0:
             logger.warning("the checkpoint holds no average of the weights: it starts from these weights")

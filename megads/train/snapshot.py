@@ -1,8 +1,9 @@
 """The tensors of a run as a sharded state dictionary: weights, biases, optimizer, generators, average.
 
 Everything is named and placed independently of the layout (Megatron-Core's `torch_dist`), so a checkpoint
-of one layout loads into another. Generator states belong to a rank of one layout: they are restored
-only where the layout is the same, which is what makes a resume bitwise exact with dropout or router noise.
+of one layout loads into another. Generator states, and FP8's histories of delayed scaling, belong to a rank
+of one layout: they are restored only where the layout is the same, which is what makes a resume bitwise exact
+with dropout, router noise, or delayed scaling.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from megads.config.resolve import Resolved
 from megads.mcore.generators import restore_generators, sharded_generators
 from megads.model.build import unwrap
+from megads.model.fp8_history import restore_histories, sharded_histories
 from megads.optim.build import allocate_optimizer_state, load_optimizer_state
 from megads.train.average import ParameterAverage
 from megads.train.step import TrainingStep
@@ -42,6 +44,7 @@ def sharded_state(
     *,
     optimizer: bool,
     generators: bool,
+    fp8_histories: bool = False,
     average: ParameterAverage | None = None,
     loading: bool = False,
 ) -> dict[str, Any]:
@@ -57,6 +60,8 @@ def sharded_state(
         state["optimizer"] = step.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     if generators:
         state["generators"] = sharded_generators()
+    if fp8_histories:
+        state["fp8_histories"] = sharded_histories(step.chunks)
     if average is not None:
         state["average"] = average.sharded_state(metadata)
     return state
@@ -68,6 +73,7 @@ def restore_state(
     *,
     optimizer: bool,
     generators: bool,
+    fp8_histories: bool = False,
     average: ParameterAverage | None = None,
 ) -> None:
     """Put loaded tensors in place."""
@@ -79,5 +85,7 @@ def restore_state(
         step.optimizer.reload_model_params()
     if generators:
         restore_generators(state["generators"])
+    if fp8_histories:
+        restore_histories(step.chunks, state["fp8_histories"])
     if average is not None:
         average.restore(state["average"])

@@ -28,8 +28,10 @@ from megads.config.scalars import Scalars
 from megads.config.schema import Config
 from megads.model.build import build_model
 from megads.model.context_parallel import local_part
+from megads.model.fp8_history import advance_histories
 from megads.model.router import routers_of, update_expert_biases
 from megads.optim.build import NonFiniteGradientsError, build_optimizer, set_learning_rate, wrap_data_parallel
+from megads.optim.loss_scale import loss_scale, loss_scale_can_fall
 from megads.optim.parameter_norm import squared_norm_share
 from megads.train.contents import Contents
 from megads.train.phases import PhaseClock
@@ -42,9 +44,10 @@ class StepResult:
     `loss_sums` and `token_counts` [K] are cross-entropy sums and tokens per prediction depth over the
     global batch, the same on every rank; `loss` is the mean of depth 0. `contents` [2, C] are the columns
     of `Contents`. `grad_norm` is None and `applied` False where the gradients were not finite or the step
-    was not accepted: nothing was updated. Of this pipeline stage's L routers, over the global batch: `loads`
-    [L, E] are tokens per expert, `score_sums` [L, E] sums of the tokens' normalized scores, `balance_losses`
-    [L] mean auxiliary losses.
+    was not accepted: nothing was updated. `loss_scale` (FP16 only) is the next step's; `settling` says that
+    the update was left out for an overflow which a lower scale may mend. Of this pipeline stage's L routers,
+    over the global batch: `loads` [L, E] are tokens per expert, `score_sums` [L, E] sums of the tokens'
+    normalized scores, `balance_losses` [L] mean auxiliary losses.
     """
 
     loss: float
@@ -53,6 +56,8 @@ class StepResult:
     contents: Tensor
     grad_norm: float | None
     applied: bool
+    loss_scale: float | None
+    settling: bool
     loads: Tensor
     score_sums: Tensor
     balance_losses: Tensor
@@ -126,6 +131,11 @@ class TrainingStep:
     def data_parallel_rank(self) -> int:
         """Which replica of the model this process belongs to."""
         return int(self.groups.dp.rank())
+
+    @property
+    def delayed_scaling(self) -> bool:
+        """Whether FP8 scales come from earlier steps, so that they are state."""
+        return has_delayed_scaling(self.config.training.model_dump())
 
     @property
     def needs_data(self) -> bool:
@@ -225,11 +235,13 @@ class TrainingStep:
             )
         (sums, counts), contents = report[:, : self.depths], report[:, self.depths :]
         loss = HostCopy(sums[0] / counts[0].clamp(min=1))
-        applied, grad_norm = False, None
+        applied, settling, grad_norm = False, False, None
         if accept is None or accept(loss.read()):
             set_learning_rate(self.optimizer, scalars.learning_rate, scalars.weight_decay)
             with self.phases.phase("optimizer"), contextlib.suppress(NonFiniteGradientsError):
                 applied, grad_norm, _ = self.optimizer.step()
+            settling = not applied and loss_scale_can_fall(self.optimizer)
+        advance_histories(self.chunks, self.groups)
         loads, score_sums, balance_losses = self._router_statistics(micro_batches)
         if applied and self.config.model.moe.use_aux_loss_free:
             moe = self.config.model.moe
@@ -243,6 +255,8 @@ class TrainingStep:
             contents=contents,
             grad_norm=grad_norm,
             applied=bool(applied),
+            loss_scale=loss_scale(self.optimizer),
+            settling=settling,
             loads=loads,
             score_sums=score_sums,
             balance_losses=balance_losses,
@@ -287,6 +301,11 @@ class TrainingStep:
         experts = self.config.model.moe.num_experts
         loads, score_sums, losses = together.split((experts, experts, 1), dim=1)
         return loads, score_sums, losses[:, 0] / (micro_batches * self.resolved.dp)
+
+
+def has_delayed_scaling(training: dict[str, Any]) -> bool:
+    """Whether FP8 scales come from earlier steps in a run with this `training` section."""
+    return bool(training.get("use_fp8")) and training["fp8"]["recipe"] == "delayed"
 
 
 def shortened(batch: dict[str, Tensor], seq_length: int) -> dict[str, Tensor]:

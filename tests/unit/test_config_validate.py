@@ -170,7 +170,6 @@ CASES: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"data__split": "98,1"}, 1, ["three numbers"]),
     ({"data__split": "100,0,0"}, 1, ["nothing for validation", "eval_interval"]),
     # what cannot work here
-    ({T + "use_fp8": True}, 1, ["training.use_fp8", "not work in this version yet", "use_bf16"]),
     ({MLA + "use_fp8_kv": True}, 1, ["use_fp8_kv", "yet"]),
     ({D + "zero_stage": 2}, 1, ["zero_stage = 2", "zero_stage = 1"]),
     ({D + "zero_stage": 3}, 1, ["zero_stage = 3"]),
@@ -222,7 +221,7 @@ def test_gloo_is_refused_on_cuda_but_not_where_the_cpu_is_asked_for() -> None:
 
 def test_all_problems_come_in_one_numbered_error() -> None:
     config = sound(
-        training__use_fp8=True, distributed__zero_stage=3, model__mla__use_rope=False, data__sources=[]
+        model__mla__use_fp8_kv=True, distributed__zero_stage=3, model__mla__use_rope=False, data__sources=[]
     )
     with pytest.raises(ConfigError) as caught:
         check(config, 4, cuda=False)

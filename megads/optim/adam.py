@@ -1,0 +1,139 @@
+"""Adam whose moments may be BF16 (DeepSeek-V3, arXiv:2412.19437, section 3.3.3), on any device.
+
+Weights and gradients are FP32: Megatron-Core's master weights. A step computes in FP32 and rounds what it
+stores. With FP32 moments it is torch's AdamW bit by bit, so a run may change over and back.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from megads.errors import EnvironmentSetupError
+
+# Elements that are updated together: their FP32 copies are the only memory a step takes. A CPU keeps this
+# many in its cache; a GPU wants large kernels.
+_BATCH_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
+
+
+class Adam(torch.optim.Adam):
+    """Adam (arXiv:1412.6980), with `decoupled_weight_decay` AdamW (arXiv:1711.05101).
+
+    State per parameter: `step`, and `exp_avg`, `exp_avg_sq` in the types given.
+    """
+
+    def __init__(
+        self, param_groups: Any, *, exp_avg_dtype: torch.dtype, exp_avg_sq_dtype: torch.dtype, **kwargs: Any
+    ) -> None:
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype}
+        super().__init__(param_groups, **kwargs)
+
+    def initialize_state(self, parameter: Tensor) -> None:
+        """Zero moments."""
+        self.state[parameter] = {"step": torch.zeros((), dtype=torch.float32)} | {
+            name: torch.zeros_like(parameter, dtype=dtype) for name, dtype in self.dtypes.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which gives moments the type of their parameter; here they get their own back."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name, dtype in self.dtypes.items():
+                state[name] = state[name].to(dtype)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        assert closure is None, "Megatron-Core passes none"
+        for group in self.param_groups:
+            for parameters, steps in self._batches(group["params"]):
+                self._update(group, parameters, steps)
+
+    def _batches(self, parameters: list[Tensor]) -> Iterator[tuple[list[tuple[Tensor, ...]], float]]:
+        """Pieces of (weight, gradient, moments) of the same step, about _BATCH_ELEMENTS at a time."""
+        batch: list[tuple[Tensor, ...]] = []
+        elements, batch_step = 0, 0.0
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            if not self.state[parameter]:
+                self.initialize_state(parameter)
+            state = self.state[parameter]
+            state["step"] += 1
+            step, limit = state["step"].item(), _BATCH_ELEMENTS[parameter.device.type]
+            tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            for pieces in zip(*(tensor.view(-1).split(limit) for tensor in tensors), strict=True):
+                if batch and (elements + len(pieces[0]) > limit or step != batch_step):
+                    yield batch, batch_step
+                    batch, elements = [], 0
+                batch.append(pieces)
+                elements, batch_step = elements + len(pieces[0]), step
+        if batch:
+            yield batch, batch_step
+
+    def _update(self, group: dict[str, Any], pieces: list[tuple[Tensor, ...]], step: float) -> None:
+        """The operations of torch's own, in its order, on FP32 copies of what is not FP32."""
+        beta1, beta2 = group["betas"]
+        weights, gradients, stored_avg, stored_sq = (list(tensors) for tensors in zip(*pieces, strict=True))
+        exp_avg, exp_avg_sq = _as_float32(stored_avg), _as_float32(stored_sq)
+        if group["weight_decay"]:
+            if group["decoupled_weight_decay"]:
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            else:
+                gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+        torch._foreach_lerp_(exp_avg, gradients, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sq, beta2)
+        torch._foreach_addcmul_(exp_avg_sq, gradients, gradients, 1 - beta2)
+        denominator = torch._foreach_sqrt(exp_avg_sq)
+        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_addcdiv_(weights, exp_avg, denominator, -group["lr"] / (1 - beta1**step))
+        for stored, new in ((stored_avg, exp_avg), (stored_sq, exp_avg_sq)):
+            if stored[0].dtype != torch.float32:
+                torch._foreach_copy_(stored, new)
+
+
+def _as_float32(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors if tensors[0].dtype == torch.float32 else [tensor.float() for tensor in tensors]
+
+
+def use_moments_of(optimizer: MegatronOptimizer, exp_avg: torch.dtype, exp_avg_sq: torch.dtype) -> None:
+    """Let one of Megatron-Core's optimizers, before its first step, keep Adam's moments in these types.
+
+    Where it runs Transformer Engine's fused Adam, that keeps them; else `Adam` does. Megatron-Core's own
+    option (`use_precision_aware_optimizer`) is not taken: it moves the master weights into Transformer
+    Engine's optimizer, there is none of it without the sharded optimizer, and none on a CPU.
+    """
+    if optimizer.optimizer is None:  # no parameters on this rank
+        return
+    old = optimizer.optimizer
+    assert not old.state, "moments must not exist yet"
+    dtypes = {"exp_avg_dtype": exp_avg, "exp_avg_sq_dtype": exp_avg_sq}
+    if isinstance(old, torch.optim.Adam):
+        decoupled = old.defaults["decoupled_weight_decay"]
+        optimizer.optimizer = Adam(old.param_groups, decoupled_weight_decay=decoupled, **dtypes)
+        optimizer.init_state_fn = _initialize
+    elif not hasattr(old, "exp_avg_dtype"):
+        raise EnvironmentSetupError(
+            "BF16 moments (training.adam_exp_avg_dtype, adam_exp_avg_sq_dtype) do not work with apex's Adam, "
+            "which Megatron-Core takes here: install Transformer Engine, remove apex, or set them to fp32"
+        )
+    else:
+        optimizer.optimizer = type(old)(old.param_groups, adam_w_mode=bool(old.adam_w_mode), **dtypes)
+        optimizer.init_state_fn = _initialize_fused
+
+
+def _initialize(adam: Adam, config: Any = None) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.initialize_state(parameter)
+
+
+def _initialize_fused(adam: Any, config: Any = None) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if not adam.state[parameter]:
+                adam.initialize_state(parameter, store_param_remainders=False)
