@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
@@ -114,8 +113,10 @@ def _packing_of_rows(batch: int, first_query: int, last: int, device: torch.devi
     return _packing([[0]] * batch, first_query, last, device)
 
 
-# All layers of a micro-batch ask for the same documents: they are brought to the host once.
-_packings = WeakTensorKeyDictionary()
+# All layers of a micro-batch ask for the same documents, also when they recompute: they are read on the host
+# once. The tensor is kept beside what was read from it, so that no other one gets its address.
+_packings: dict[tuple[Any, ...], tuple[Tensor, Packing]] = {}
+_MOST_PACKINGS = 64  # two parts of the micro-batches that a pipeline has in flight
 
 
 def pack(
@@ -127,13 +128,15 @@ def pack(
     """
     if documents_BK is None:
         return _packing_of_rows(batch, first_query, last, device)
-    known: dict[tuple[int, int], Packing] = _packings.setdefault(documents_BK, {})
-    if (first_query, last) not in known:
+    key = (documents_BK.data_ptr(), documents_BK._version, *documents_BK.shape, first_query, last)
+    if key not in _packings:
         documents = documents_BK[:, :last].cpu()
         changes = documents[:, 1:] != documents[:, :-1]
         rows = [[0, *(row.nonzero().flatten() + 1).tolist()] for row in changes]
-        known[first_query, last] = _packing(rows, first_query, last, device)
-    return known[first_query, last]
+        _packings[key] = documents_BK, _packing(rows, first_query, last, device)
+        if len(_packings) > _MOST_PACKINGS:
+            del _packings[next(iter(_packings))]
+    return _packings[key][1]
 
 
 def _side_by_side(x_BNSX: Tensor, firsts: tuple[int, ...], last: int) -> Tensor:

@@ -1,8 +1,11 @@
 """Flash kernels without a GPU: what they are handed, with plain torch in their place, and which is chosen."""
 
+import contextlib
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,14 +142,22 @@ def test_documents_before_the_queries_are_left_out() -> None:
 
 
 def test_all_layers_share_one_look_at_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    documents, device, looks = documents_of(2), torch.device("cpu"), []
-    look = flash_attention._packing
-    monkeypatch.setattr(flash_attention, "_packing", lambda *args: looks.append(args) or look(*args))
+    documents, device = documents_of(2), torch.device("cpu")
+    look = Mock(side_effect=flash_attention._packing)
+    monkeypatch.setattr(flash_attention, "_packing", look)
     first = pack(documents, 2, 0, 12, device)
-    assert pack(documents, 2, 0, 12, device) is first
+    assert pack(documents.detach(), 2, 0, 12, device) is first, "as recomputation hands it over"
     assert pack(documents, 2, 6, 12, device) is not first
     assert pack(documents.clone(), 2, 0, 12, device) is not first
-    assert len(looks) == 3
+    assert look.call_count == 3
+    documents[1] = 0
+    assert pack(documents, 2, 0, 12, device).key_ends.tolist() == [0, 2, 6, 9, 12, 24]
+
+
+def test_packings_of_finished_micro_batches_are_forgotten() -> None:
+    for _ in range(2 * flash_attention._MOST_PACKINGS):
+        pack(documents_of(2), 2, 0, 12, torch.device("cpu"))
+    assert len(flash_attention._packings) == flash_attention._MOST_PACKINGS
 
 
 def test_a_gpu_takes_the_first_kernel_that_can_do_all_cases(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,19 +218,40 @@ def test_transformer_engine_is_asked_in_its_own_terms(
     pytest.importorskip("transformer_engine")
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
-    asked: list[dict[str, Any]] = []
-    answer = [1]
+    cudnn = Mock(return_value=(1, ""))
     monkeypatch.setenv("NVTE_UNFUSED_ATTN", "1")
     monkeypatch.setattr(utils, "get_device_compute_capability", lambda: (9, 0))
     monkeypatch.setattr(utils, "get_cudnn_version", lambda: (9, 20, 0))
-    monkeypatch.setattr(
-        utils, "_get_fused_attn_backend", lambda **options: (asked.append(options), (answer[0], ""))[1]
-    )
+    monkeypatch.setattr(utils, "_get_fused_attn_backend", cudnn)
     case = Case(**{**vars(V3), "documents": documents, "queries": queries})
     assert flash_attention._te_problem(case) is None
-    (options,) = asked
+    options = cudnn.call_args.kwargs
     assert (options["head_dim_qk"], options["head_dim_v"], options["max_seqlen_q"]) == (192, 128, queries)
     assert (options["window_size_left"], options["window_size_right"]) == (-1, 0)
-    answer[0] = int(utils.FusedAttnBackend.No_Backend)
+    cudnn.return_value = (int(utils.FusedAttnBackend.No_Backend), "a reason")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert "unfused" in str(flash_attention._te_problem(case))
+
+
+def test_calls_of_transformer_engine_fit_its_signatures(monkeypatch: pytest.MonkeyPatch) -> None:
+    te = pytest.importorskip("transformer_engine.pytorch")
+    real, calls = te.DotProductAttention, []
+
+    class Recorded(PlainTransformerEngine):
+        def __init__(self, heads: int, widths: tuple[int, int], softmax_scale: float) -> None:
+            inspect.signature(real.__init__).bind(None, heads, widths, softmax_scale=softmax_scale)
+            super().__init__(heads, *widths, softmax_scale)
+
+        def __call__(self, *args: Tensor, **options: Any) -> Tensor:
+            calls.append(inspect.signature(real.forward).bind(None, *args, **options))
+            return super().__call__(*args, **options)
+
+    inspect.signature(te.autocast).bind(enabled=False)
+    monkeypatch.setattr(te, "autocast", lambda enabled: contextlib.nullcontext())  # it wants a GPU even so
+    monkeypatch.setattr(te, "DotProductAttention", Recorded)
+    flash_attention._te_attention.cache_clear()
+    for documents in (None, documents_of(2)):
+        list(results(flash_attention._te_attend, 2, 3, 3, documents_BK=documents))
+    flash_attention._te_attention.cache_clear()
+    assert [call.arguments["qkv_format"] for call in calls] == ["sbhd", "thd"]
+    assert [call.arguments["query_layer"].dim() for call in calls] == [4, 3]
