@@ -453,6 +453,9 @@ class Training(Section):
     adam_exp_avg_sq_dtype: Literal["fp32", "bf16"] = setting(
         "fp32", "Adam's second moment", source=f"{V3}, section 3.3.3: bf16", flags=("--exp-avg-sq-dtype",)
     )
+    deterministic: bool = setting(
+        False, "results that repeat bit by bit on GPUs too, at lower speed", flags=("--deterministic-mode",)
+    )
     use_fp16: bool = setting(False, "FP16 with loss scaling (CUDA only)", flags=("--fp16",))
     use_bf16: bool = setting(True, "BF16 with FP32 master weights; a CPU run uses FP32", flags=("--bf16",))
     use_fp8: bool = setting(

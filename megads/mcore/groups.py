@@ -27,8 +27,8 @@ def world_size_from_environment() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def initialize_device(device: str) -> None:
-    """Choose this process's GPU, or make Megatron-Core run on the CPU.
+def initialize_device(device: str, deterministic: bool = False) -> None:
+    """Choose this process's GPU, `deterministic` kernels on it, or make Megatron-Core run on the CPU.
 
     Raises:
         EnvironmentSetupError: Megatron-Core's version, or no such device.
@@ -49,6 +49,10 @@ def initialize_device(device: str) -> None:
             "start as many processes per node as it has GPUs"
         )
     torch.cuda.set_device(local_rank)
+    if deterministic:
+        from megads.mcore.determinism import make_deterministic
+
+        make_deterministic()
     import_megatron()
 
 

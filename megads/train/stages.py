@@ -66,7 +66,7 @@ def run_stages(stages: Sequence[Stage], world_size: int, cuda: bool, only: str |
 def _run(config: Config, resolved: Resolved, leads: bool) -> bool:
     """One run with process groups of its own; whether it came to its end."""
     with without_garbage_collection():
-        initialize_device(resolved.device)
+        initialize_device(resolved.device, config.training.deterministic)
         # Imports Megatron-Core, which must find the substitutions of a CPU run in place.
         from megads.train.loop import train
     initialize_process_groups(resolved, config.distributed.timeout_minutes, config.seed)

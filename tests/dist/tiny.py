@@ -123,7 +123,7 @@ def start(settings: dict[str, Any]) -> "TrainingStep":
     from megads.mcore.groups import destroy_process_groups, initialize_device, initialize_process_groups
 
     config, resolved = configure(settings)
-    initialize_device(resolved.device)
+    initialize_device(resolved.device, config.training.deterministic)
     if dist.is_initialized():
         destroy_process_groups()
     initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
