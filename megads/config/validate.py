@@ -111,6 +111,8 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         )
     if moe.capacity_factor is None:
         yield ["model.moe.min_expert_capacity"], "capacity_factor is null, so nothing is dropped"
+    if not config.model.mla.use_flash_mla:
+        yield ["model.mla.fallback_to_dense"], "use_flash_mla is false"
     yield from validate_precision.inert_precision(config)
     yield from _inert_checks(config)
 

@@ -252,6 +252,7 @@ def test_missing_optional_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> 
         ({MOE + "bias_update_rate": 0.5}, "model.moe.bias_update_rate"),
         ({MOE + "balance_loss_type": "none", MOE + "router_aux_loss_weight": 0.5}, "router_aux_loss_weight"),
         ({MOE + "min_expert_capacity": 5}, "model.moe.min_expert_capacity"),
+        ({MLA + "fallback_to_dense": False}, "model.mla.fallback_to_dense"),
     ],
 )
 def test_parameters_of_what_is_off_are_noted(changes: dict[str, Any], path: str) -> None:
