@@ -8,7 +8,8 @@ CPU time of all its processes is read (user + system, from /proc): it depends le
 machine. For scale, two programs that do nothing: one only imports torch, one is an empty file under torchrun.
 
 `--compare` measures another checkout too, such as a `git worktree` of an earlier commit. Everything takes
-turns, so that the noise of the machine hits all; medians are shown. Linux only.
+turns, so that the noise of the machine hits all; medians are shown, and the least wall time, which comes
+nearest to an idle machine. Linux only.
 """
 
 import argparse
@@ -156,6 +157,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, Spent]]]:
         for repeat in range(arguments.repeats + 1):
             for name, run in runs.items():
                 spent = run()
+                print(
+                    f"round {repeat}: {name}: {list(spent.values())[-1].wall_seconds:.2f} s", file=sys.stderr
+                )
                 if repeat:
                     found[name].append(spent)
     return found
@@ -188,7 +192,8 @@ def main() -> int:
     for name, repeats in found.items():
         spent = medians(repeats)
         parts = ", ".join(f"{part} {s.wall_seconds:.2f} ({s.cpu_seconds:.2f})" for part, s in spent.items())
-        print(f"{name}: {parts}", flush=True)
+        least = min(list(spent.values())[-1].wall_seconds for spent in repeats)
+        print(f"{name}: {parts}; least {least:.2f}")
     if arguments.json:
         record = {
             name: [{part: vars(s) for part, s in spent.items()} for spent in repeats]
