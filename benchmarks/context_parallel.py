@@ -68,7 +68,7 @@ def _layers(ranks: int, seq_length: int) -> tuple[Any, Any, Any]:
 
     from megads.mcore.translate import transformer_config
     from megads.model.backends import backend_modules
-    from megads.model.context_parallel import gather_sequence, local_positions, order_after_gather
+    from megads.model.context_parallel import gather_sequence, in_sequence_order, local_positions
     from megads.model.mla import MultiLatentAttention
     from megads.model.rope import rotate
 
@@ -86,8 +86,8 @@ def _layers(ranks: int, seq_length: int) -> tuple[Any, Any, Any]:
             q_SBND = torch.cat((q_nope, rotate(q_rope, table)), dim=-1)
             k_SBND = gather_sequence(torch.cat((k_nope, k_rope), dim=-1), self.cp_group)
             v_SBNV = gather_sequence(v_SBNV, self.cp_group)
-            order = torch.tensor(order_after_gather(seq_length, 1, ranks))
-            q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBND[order], v_SBNV[order]))
+            k_SBND, v_SBNV = (in_sequence_order(x, 1, ranks) for x in (k_SBND, v_SBNV))
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBND, v_SBNV))
             return q, k, v
 
     config = load_config(

@@ -6,6 +6,9 @@ latent and the rotary key, kv_lora_rank + qk_rope_head_dim numbers per token, an
 themselves.
 """
 
+import functools
+import math
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -40,22 +43,32 @@ def gather_sequence(x_SB: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gather_from_sequence_parallel_region(x_SB, tensor_parallel_output_grad=True, group=group)
 
 
-def order_after_gather(seq_length: int, tp: int, cp: int) -> list[int]:
-    """Index that puts tokens in sequence order after gathering over CP, then over TP.
+def in_sequence_order(x_SB: Tensor, tp: int, cp: int) -> Tensor:
+    """The tokens of the whole sequence, gathered over CP and then over TP, in its order [S, B, *].
 
     Sequence parallelism cuts a CP rank's tokens into `tp` pieces, so that the gathered order is
-    (TP piece, CP rank, token).
+    (TP piece, CP rank, token). Blocks are moved, not tokens: backward then moves them back, where an index
+    would have it add up token by token.
     """
-    chunk = seq_length // (2 * cp) if cp > 1 else seq_length
+    length = x_SB.shape[0]
+    block = math.gcd(length // (2 * cp), length // (cp * tp))
+    blocks = x_SB.split(block)
+    return torch.cat([blocks[i] for i in _order_after_gather(length // block, tp, cp)])
+
+
+@functools.lru_cache(maxsize=16)
+def _order_after_gather(blocks: int, tp: int, cp: int) -> list[int]:
+    """Where each block of a sequence lies after it has been gathered over CP, then over TP."""
+    chunk = blocks // (2 * cp)
     held = [[c * chunk + i for c in local_chunks(cp, rank) for i in range(chunk)] for rank in range(cp)]
-    piece = seq_length // (cp * tp)
+    piece = blocks // (cp * tp)
     gathered = [
         position
         for tp_rank in range(tp)
         for positions in held
         for position in positions[tp_rank * piece : (tp_rank + 1) * piece]
     ]
-    order = [0] * seq_length
+    order = [0] * blocks
     for index, position in enumerate(gathered):
         order[position] = index
     return order

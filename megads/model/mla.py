@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megads.config.schema import MLA
 from megads.model.backends import Backend
-from megads.model.context_parallel import gather_sequence, local_chunks, local_positions, order_after_gather
+from megads.model.context_parallel import gather_sequence, in_sequence_order, local_chunks, local_positions
 from megads.model.rope import rotate, softmax_scale
 
 # DeepSeek's code leaves the norms on the latents at this epsilon whatever the model's own is.
@@ -140,17 +140,19 @@ class MultiLatentAttention(MegatronModule):
         config, heads = self.config, self.local_heads
         up = self.linear_q_proj if config.q_lora_rank is None else self.linear_q_up_proj
         q_SBND = up(q_latent_SBC)[0].unflatten(-1, (heads, self.qk_head_dim))
-        kv_SBNX = self.linear_kv_up_proj(gather_sequence(kv_latent_SBC, self.cp_group))[0].unflatten(
-            -1, (heads, config.qk_head_dim + config.v_head_dim)
-        )
+        kv_latent_SBC = gather_sequence(kv_latent_SBC, self.cp_group)
         rope_key_SBR = self._gather_rope_key(rope_key_SBR)
-        q_table = table
-        cp = self.cp_group.size()
+        q_table, cp = table, self.cp_group.size()
+        tp = self.tp_group.size() if config.sequence_parallel else 1
         if cp > 1:
-            tp = self.tp_group.size() if config.sequence_parallel else 1
-            order = torch.tensor(order_after_gather(kv_SBNX.shape[0], tp, cp), device=kv_SBNX.device)
-            kv_SBNX, rope_key_SBR = kv_SBNX[order], rope_key_SBR[order]
             q_table = table[:, local_positions(table.shape[1], self.cp_group, table.device)]
+            rope_key_SBR = in_sequence_order(rope_key_SBR, tp, cp)
+            if tp == 1:  # else the latent is whole only inside the linear
+                kv_latent_SBC = in_sequence_order(kv_latent_SBC, tp, cp)
+        kv_SBX = self.linear_kv_up_proj(kv_latent_SBC)[0]
+        if cp > 1 and tp > 1:
+            kv_SBX = in_sequence_order(kv_SBX, tp, cp)
+        kv_SBNX = kv_SBX.unflatten(-1, (heads, config.qk_head_dim + config.v_head_dim))
         k_nope, v_SBNV = kv_SBNX.split((config.qk_head_dim, config.v_head_dim), dim=-1)
         q_nope, q_rope = q_SBND.split((config.qk_head_dim, config.qk_pos_emb_head_dim), dim=-1)
         k_rope = rotate(rope_key_SBR.unsqueeze(2), table).expand(-1, -1, heads, -1)
