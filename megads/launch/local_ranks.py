@@ -1,8 +1,8 @@
-"""The processes of a job on one machine: `python local_ranks.py PROCESSES SCRIPT ARGUMENTS...`.
+"""Runs a script as the processes of a job on this machine, with torchrun's environment variables.
 
-In torchrun's place where there is one machine: with its environment variables, but without its own import of
-torch, for which the processes wait as long as they then take to import it themselves; and with their exit
-codes, where torchrun has 1 for all of them. No rendezvous and no restarts: `tools/supervise.py` has those.
+`python local_ranks.py PROCESSES SCRIPT ARGUMENTS...`, in torchrun's place where there is one machine: without
+its own import of torch, for which the processes wait as long as they then take to import it themselves; and
+with their exit codes, where torchrun has 1 for all. No rendezvous and no restarts: see `tools/supervise.py`.
 
 The file stands for itself: it starts in hundredths of a second, and nothing else is held in memory.
 """
