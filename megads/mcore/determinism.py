@@ -24,5 +24,5 @@ def make_deterministic() -> None:
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Otherwise torch fills whatever is allocated, which only hides reads of memory that nobody wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

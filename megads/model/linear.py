@@ -15,6 +15,6 @@ class ReplicatedLinear(torch.nn.Linear):
         super().__init__(in_features, out_features, bias=False, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """`x` [..., in_features] -> ([..., out_features], None), as Megatron-Core's linears return it."""
         return super().forward(x), None
