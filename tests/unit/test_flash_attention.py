@@ -14,9 +14,10 @@ from torch import Tensor
 from megads.config.loader import load_config
 from megads.config.resolve import resolve
 from megads.errors import EnvironmentSetupError
-from megads.model import flash_attention
+from megads.model import flash_attention, packed_sequences
 from megads.model.attention import CoreAttention, dense_attention
-from megads.model.flash_attention import Case, choose_core_attention, find_kernel, pack
+from megads.model.flash_attention import Case, choose_core_attention, find_kernel
+from megads.model.packed_sequences import pack
 
 BATCH, HEADS, LENGTH, WIDTH, V_WIDTH, SCALE = 2, 3, 12, 10, 6, 0.3
 V3 = Case(
@@ -134,17 +135,17 @@ def test_kernels_are_handed_what_the_dense_kernel_computes(
 
 
 def test_documents_before_the_queries_are_left_out() -> None:
-    packing = pack(documents_of(2), 2, 6, 9, torch.device("cpu"))
-    assert packing.first_keys == (6, 0)
-    assert packing.query_ends.tolist() == [0, 3, 4, 5, 6]
-    assert packing.key_ends.tolist() == [0, 3, 10, 11, 12]
-    assert (packing.longest_query, packing.longest_key) == (4, 8), "powers of two, not above the keys"
+    found = pack(documents_of(2), 2, 6, 9, torch.device("cpu"))
+    assert found.first_keys == (6, 0)
+    assert found.query_ends.tolist() == [0, 3, 4, 5, 6]
+    assert found.key_ends.tolist() == [0, 3, 10, 11, 12]
+    assert (found.longest_query, found.longest_key) == (4, 8), "powers of two, not above the keys"
 
 
 def test_all_layers_share_one_look_at_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     documents, device = documents_of(2), torch.device("cpu")
-    look = Mock(side_effect=flash_attention._packing)
-    monkeypatch.setattr(flash_attention, "_packing", look)
+    look = Mock(side_effect=packed_sequences._packing)
+    monkeypatch.setattr(packed_sequences, "_packing", look)
     first = pack(documents, 2, 0, 12, device)
     assert pack(documents.detach(), 2, 0, 12, device) is first, "as recomputation hands it over"
     assert pack(documents, 2, 6, 12, device) is not first
@@ -155,9 +156,9 @@ def test_all_layers_share_one_look_at_the_documents(monkeypatch: pytest.MonkeyPa
 
 
 def test_packings_of_finished_micro_batches_are_forgotten() -> None:
-    for _ in range(2 * flash_attention._MOST_PACKINGS):
+    for _ in range(2 * packed_sequences._MOST_PACKINGS):
         pack(documents_of(2), 2, 0, 12, torch.device("cpu"))
-    assert len(flash_attention._packings) == flash_attention._MOST_PACKINGS
+    assert len(packed_sequences._packings) == packed_sequences._MOST_PACKINGS
 
 
 def test_a_gpu_takes_the_first_kernel_that_can_do_all_cases(monkeypatch: pytest.MonkeyPatch) -> None:
