@@ -58,7 +58,14 @@ def _draw_experts(prefix: str, experts: Experts, std: float, seed: int) -> None:
         shape[1] *= etp.size()  # the width, in both
         for local, weight in enumerate(experts.expert_weights(name)):
             whole = draw_whole(f"{prefix}.{name}.{first + local}", tuple(shape), std, seed)
-            weight.copy_(whole.chunk(etp.size(), dim=1)[etp.rank()].reshape(weight.shape))
+            _fill(weight, whole.chunk(etp.size(), dim=1)[etp.rank()].reshape(weight.shape))
+
+
+def _fill(weight: Tensor, values: Tensor) -> None:
+    """Set a weight; also the copy of an FP8 one that the optimizer's master weight will be taken from."""
+    weight.copy_(values)
+    if hasattr(weight, "get_high_precision_init_val"):
+        weight.get_high_precision_init_val().copy_(values)
 
 
 @torch.no_grad()
@@ -77,4 +84,4 @@ def initialize_weights(model: LanguageModel, groups: ProcessGroupCollection, std
         if getattr(parameter, "tensor_model_parallel", False):
             shape[parameter.partition_dim] *= tp.size()  # type: ignore[attr-defined]
         whole = draw_whole(name, tuple(shape), std, seed)
-        parameter.copy_(local_slice(whole, parameter, tp.rank(), tp.size()))
+        _fill(parameter, local_slice(whole, parameter, tp.rank(), tp.size()))

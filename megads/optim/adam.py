@@ -111,9 +111,10 @@ def use_moments_of(optimizer: MegatronOptimizer, exp_avg: torch.dtype, exp_avg_s
     old = optimizer.optimizer
     assert not old.state, "moments must not exist yet"
     dtypes = {"exp_avg_dtype": exp_avg, "exp_avg_sq_dtype": exp_avg_sq}
+    placeholder = [torch.empty(0)]  # Megatron-Core's FP32 shards are views, which torch's constructor refuses
     if isinstance(old, torch.optim.Adam):
         decoupled = old.defaults["decoupled_weight_decay"]
-        optimizer.optimizer = Adam(old.param_groups, decoupled_weight_decay=decoupled, **dtypes)
+        optimizer.optimizer = Adam(placeholder, decoupled_weight_decay=decoupled, **dtypes)
         optimizer.init_state_fn = _initialize
     elif not hasattr(old, "exp_avg_dtype"):
         raise EnvironmentSetupError(
@@ -121,8 +122,9 @@ def use_moments_of(optimizer: MegatronOptimizer, exp_avg: torch.dtype, exp_avg_s
             "which Megatron-Core takes here: install Transformer Engine, remove apex, or set them to fp32"
         )
     else:
-        optimizer.optimizer = type(old)(old.param_groups, adam_w_mode=bool(old.adam_w_mode), **dtypes)
+        optimizer.optimizer = type(old)(placeholder, adam_w_mode=bool(old.adam_w_mode), **dtypes)
         optimizer.init_state_fn = _initialize_fused
+    optimizer.optimizer.param_groups = old.param_groups
 
 
 def _initialize(adam: Adam, config: Any = None) -> None:

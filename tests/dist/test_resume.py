@@ -50,7 +50,8 @@ def save(step: Any, directory: Path, at: int) -> None:
 
     step.gather_parameters()
     with CheckpointStore(directory, async_save=False) as store:
-        store.save(at, sharded_state(step, optimizer=True, generators=True), {})
+        state = sharded_state(step, optimizer=True, generators=True, fp8_histories=step.delayed_scaling)
+        store.save(at, state, {})
         assert store.last_saved is not None
 
 
@@ -58,11 +59,11 @@ def load(step: Any, directory: Path, generators: bool) -> None:
     from megads.checkpoint.store import CheckpointStore
     from megads.train.snapshot import restore_state, sharded_state
 
+    parts = {"optimizer": True, "generators": generators, "fp8_histories": step.delayed_scaling}
     with CheckpointStore(directory) as store:
-        places = sharded_state(step, optimizer=True, generators=generators, loading=True)
-        loaded = store.load("latest", places)
+        loaded = store.load("latest", sharded_state(step, **parts, loading=True))
         assert loaded is not None
-        restore_state(step, loaded[0], optimizer=True, generators=generators)
+        restore_state(step, loaded[0], **parts)
 
 
 def state_of(step: Any) -> dict[str, Any]:
