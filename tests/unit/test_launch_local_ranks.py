@@ -61,7 +61,14 @@ def test_the_environment_is_torchruns(tmp_path: Path) -> None:
 
 
 def test_the_first_failure_ends_the_others_and_is_the_exit_code(tmp_path: Path) -> None:
-    code = SAVES.replace("time.sleep(60)", "time.sleep(60 * (os.environ['RANK'] == '1')); sys.exit(3)")
+    fails = """
+if os.environ["RANK"] == "0":
+    while not pathlib.Path(sys.argv[1], "ready-1").exists():
+        time.sleep(0.02)
+    sys.exit(3)
+time.sleep(60)
+"""
+    code = SAVES.replace("time.sleep(60)", fails)
     job = start(tmp_path, 2, code)
     assert job.wait(timeout=30) == 3
     assert (tmp_path / "saved-1").read_text() == "SIGTERM"
