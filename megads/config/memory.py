@@ -39,13 +39,13 @@ def stage_memory(
 ) -> StageMemory:
     """Weights in the run's precision, gradients in FP32 (as Megatron-Core accumulates them), and state.
 
-    Adam keeps two FP32 moments, SGD one; below FP32 an FP32 copy of the weights is kept with them. The
-    distributed optimizer (`zero_stage` 1) splits state over the ranks that hold the same weights.
-    `counts` are the model's parameters, for callers that ask often.
+    Adam keeps two moments in the types that are set, SGD one in FP32; below FP32 an FP32 copy of the weights
+    is kept with them. The distributed optimizer (`zero_stage` 1) splits state over the ranks that hold the
+    same weights. `counts` are the model's parameters, for callers that ask often.
     """
     dense, expert = _parameters(config, resolved, stage, counts or count_parameters(config))
     weight_bytes = 4 if resolved.precision == "fp32" else 2
-    state_bytes = (4 if config.training.optimizer == "sgd" else 8) + (4 if weight_bytes == 2 else 0)
+    state_bytes = _moment_bytes(config) + (4 if weight_bytes == 2 else 0)
     sharded = config.distributed.zero_stage == 1
     dense_ranks, expert_ranks = (resolved.dp * resolved.cp, resolved.edp) if sharded else (1, 1)
     return StageMemory(
@@ -56,6 +56,14 @@ def stage_memory(
         gradients_bytes=4 * (dense + expert),
         optimizer_bytes=state_bytes * dense // dense_ranks + state_bytes * expert // expert_ranks,
     )
+
+
+def _moment_bytes(config: Config) -> int:
+    """Of one parameter."""
+    training, size = config.training, {"fp32": 4, "bf16": 2}
+    if training.optimizer == "sgd":
+        return size["fp32"]
+    return size[training.adam_exp_avg_dtype] + size[training.adam_exp_avg_sq_dtype]
 
 
 def _parameters(config: Config, resolved: Resolved, stage: int, counts: ParameterCounts) -> tuple[int, int]:

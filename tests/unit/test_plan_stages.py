@@ -65,6 +65,9 @@ def test_deepseek_v3_static_memory_by_hand() -> None:
     assert memory.weights_bytes == 2 * (dense + experts)
     assert memory.gradients_bytes == 4 * (dense + experts)
     assert memory.optimizer_bytes == pytest.approx(12 * dense / 128 + 12 * experts / 2)
+    bf16 = {"training.adam_exp_avg_dtype": "bf16", "training.adam_exp_avg_sq_dtype": "bf16"}
+    smaller = stage_memory(*shipped("deepseek_v3_671b", 2048, **bf16), 7)
+    assert smaller.optimizer_bytes == pytest.approx(memory.optimizer_bytes * 8 / 12)
 
 
 def test_stages_of_the_same_layers_need_less_toward_the_end() -> None:
