@@ -485,6 +485,13 @@ class Training(Section):
     gradient_checkpointing: Literal[False, True, "full", "selective"] = setting(
         False, "recompute activations: full (each layer), selective (MLA up-projections and norms)"
     )
+    loss_chunk_tokens: int | None = setting(
+        None,
+        "tokens whose logits exist at a time; backward computes them again. null: all of a micro-batch, kept",
+        unit="tokens",
+        source="Cut Cross-Entropy, arXiv:2411.09009; Liger Kernel, arXiv:2410.10989",
+        gt=0,
+    )
     stability: Stability = Stability()
     average_decay: float | None = setting(
         None,

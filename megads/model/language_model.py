@@ -8,12 +8,10 @@ Shapes: B batch, S this rank's part of the sequence (under context parallelism),
 K = 1 + MTP depth predictions per position.
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -28,16 +26,9 @@ from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.precision import mtp_config
 from megads.model.backends import Backend
-from megads.model.functional import cross_entropy
 from megads.model.layers import block_submodules, mtp_spec
+from megads.model.output_head import OutputHead
 from megads.model.rope import rotary_table
-
-
-def _without_fused_gradients(config: MLATransformerConfig) -> MLATransformerConfig:
-    """For a linear of Megatron-Core's own, which would need NVIDIA's apex to fuse them on CUDA."""
-    config = copy.copy(config)
-    config.gradient_accumulation_fusion = False
-    return config
 
 
 class LanguageModel(LanguageModule):
@@ -98,16 +89,12 @@ class LanguageModel(LanguageModule):
                 pg_collection=groups,
             )
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                transformer_config.hidden_size,
+            self.output_layer = OutputHead(
+                transformer_config,
                 model.vocab_size,
-                config=_without_fused_gradients(transformer_config),
-                init_method=transformer_config.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=self.share_embeddings_and_output_weights
-                and (pre_process or self.mtp_process),
-                tp_group=groups.tp,
+                groups.tp,
+                tied=self.share_embeddings_and_output_weights and (pre_process or self.mtp_process),
+                chunk_tokens=config.training.loss_chunk_tokens,
             )
         if pre_process or post_process:
             # Marks the copies of the embedding, so that their gradients are summed over the stages.
@@ -187,20 +174,11 @@ class LanguageModel(LanguageModule):
 
     def _predict(self, hidden: Tensor, labels_BS: Tensor | None) -> Tensor:
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        predictions = []
-        for depth, hidden_SBH in enumerate(hidden.chunk(1 + self.mtp_depth, dim=0)):
-            logits_SBV, _ = self.output_layer(hidden_SBH, weight=tied)
-            if labels_BS is None:
-                predictions.append(logits_SBV.transpose(0, 1))
-                continue
-            if depth > 0:
-                labels_BS, _ = roll_tensor(labels_BS, shifts=-1, dims=-1, cp_group=self.cp_group)
-            predictions.append(self._cross_entropy(logits_SBV.float(), labels_BS))
-        return torch.stack(predictions)
-
-    def _cross_entropy(self, logits_SBV: Tensor, labels_BS: Tensor) -> Tensor:
-        """Cross-entropy per token [B, S]; the vocabulary may be split over tensor parallelism."""
-        if self.tp_group.size() > 1:
-            return self.compute_language_model_loss(labels_BS, logits_SBV)
-        labels_SB = labels_BS.transpose(0, 1)
-        return cross_entropy(logits_SBV, labels_SB).transpose(0, 1)
+        depths = 1 + self.mtp_depth
+        if labels_BS is None:
+            logits = [self.output_layer(hidden_SBH, tied) for hidden_SBH in hidden.chunk(depths)]
+            return torch.stack([logits_SBV.transpose(0, 1) for logits_SBV in logits])
+        labels = [labels_BS]
+        for _ in range(self.mtp_depth):
+            labels.append(roll_tensor(labels[-1], shifts=-1, dims=-1, cp_group=self.cp_group)[0])
+        return self.output_layer(hidden, tied, torch.stack(labels))

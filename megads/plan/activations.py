@@ -229,8 +229,11 @@ class SavedActivations:
         return parts
 
     def _head(self) -> int:
-        """Inputs of the output head for every prediction depth, and softmaxes in FP32."""
+        """For every prediction depth the head's inputs, and softmaxes in FP32 or two numbers of each."""
         depths, tp = 1 + self.resolved.shape.mtp_depth, self.resolved.tp
+        if self.config.training.loss_chunk_tokens is not None:
+            gathered = self.tokens * self.config.model.mla.d_model * self.element_bytes
+            return depths * (gathered + self.tokens * (8 + 1 + 2 * 4))
         labels = self.tokens * (8 + 4)
         softmax = self.tokens * self.config.model.vocab_size // tp * 4
         return depths * (self.hidden_bytes + softmax + labels)
@@ -278,5 +281,12 @@ class SavedActivations:
         return max(attention, ffn) * self.element_bytes
 
     def logit_gradients(self) -> int:
-        """Logits in the run's precision beside those in FP32, of one prediction depth."""
-        return self.tokens * self.config.model.vocab_size // self.resolved.tp * self.element_bytes
+        """Logits in the run's precision beside those in FP32, of one prediction depth or of one chunk."""
+        vocabulary, chunk = (
+            self.config.model.vocab_size // self.resolved.tp,
+            self.config.training.loss_chunk_tokens,
+        )
+        if chunk is None:
+            return self.tokens * vocabulary * self.element_bytes
+        tokens = min(chunk, self.tokens * (1 + self.resolved.shape.mtp_depth))
+        return tokens * vocabulary * (4 if self.element_bytes == 4 else 4 + self.element_bytes)

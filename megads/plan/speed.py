@@ -163,7 +163,8 @@ class SpeedModel:
         saved, resolved = self.saved, self.resolved
         depth, width = resolved.shape.mtp_depth, self.config.model.mla.d_model
         vocabulary = self.config.model.vocab_size // resolved.tp
-        head = 3 * self._product(saved.tokens, width, vocabulary)
+        products = 3 if self.config.training.loss_chunk_tokens is None else 4
+        head = products * self._product(saved.tokens, width, vocabulary)
         logits = saved.tokens * vocabulary * 4 * MEMORY_PASSES
         work = Work(products=(1 + depth) * head, memory=(1 + depth) * self._memory_seconds(logits))
         if not depth:

@@ -58,9 +58,12 @@ def single(settings: tuple[tuple[str, Any], ...], masked: bool) -> dict[str, Any
     return results("single", dict(settings), masked)
 
 
-def assert_same_run(layout: str, settings: dict[str, Any], masked: bool = False) -> None:
+def assert_same_run(
+    layout: str, settings: dict[str, Any], masked: bool = False, only_here: dict[str, Any] | None = None
+) -> None:
+    """`only_here` are settings of this run and not of the one on a single process."""
     expected = single(tuple(settings.items()), masked)
-    found = results(layout, settings, masked)
+    found = results(layout, settings | (only_here or {}), masked)
     assert found["start"].keys() == expected["start"].keys()
     differ = [name for name, whole in found["start"].items() if not whole.equal(expected["start"][name])]
     assert not differ, f"the run starts from other weights: {differ}"
@@ -118,3 +121,20 @@ def test_layernorm_window_entropy_and_z_loss(layout: str) -> None:
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_dense_model(layout: str) -> None:
     assert_same_run(layout, DENSE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings", "only_here"),
+    [
+        ("single", TIED, {}),
+        ("dp2", {}, {}),
+        ("tp2", DENSE, {"distributed.sequence_parallel": False}),
+        ("pp2", TIED, {}),
+        ("tp2-cp2", {}, {}),
+    ],
+)
+def test_losses_by_chunks_of_tokens(
+    layout: str, settings: dict[str, Any], only_here: dict[str, Any]
+) -> None:
+    """The last chunk is shorter, and chunks cross sequences and prediction depths."""
+    assert_same_run(layout, settings, only_here={"training.loss_chunk_tokens": 7} | only_here)

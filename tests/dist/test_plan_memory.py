@@ -178,6 +178,7 @@ def test_every_layout(layout: str) -> None:
         {RECOMPUTE: "selective", "model.mla.sliding_window": 7},
         {RECOMPUTE: "selective", "model.mla.sliding_window": 7, "model.mla.v_head_dim": 20},
         {"training.micro_batch_size": 4},
+        {"training.loss_chunk_tokens": 48},
         {"training.use_mtp": False, "training.num_predict_tokens": 2},
         {"data.document_mask": True},
         UNLIKE_DEEPSEEK,
@@ -189,6 +190,7 @@ def test_every_layout(layout: str) -> None:
         "selective-window",
         "selective-window-fused",
         "micro-batch",
+        "loss-chunks",
         "no-mtp",
         "documents",
         "variants",
@@ -201,9 +203,11 @@ def test_activations_of_models(changes: dict[str, Any]) -> None:
     assert planned == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_under_tensor_parallelism(recompute: str) -> None:
-    for rank in run("tp2", **{RECOMPUTE: recompute}):
+@pytest.mark.parametrize(
+    "changes", [{RECOMPUTE: "full"}, {RECOMPUTE: "selective"}, {"training.loss_chunk_tokens": 48}]
+)
+def test_less_is_kept_under_tensor_parallelism(changes: dict[str, Any]) -> None:
+    for rank in run("tp2", **changes):
         ((measured, planned),) = rank["activations"]
         assert planned == pytest.approx(measured, rel=0.05)
 
