@@ -9,6 +9,7 @@ is timed, and the result depends on sizes only. Hidden states and weight are not
 import argparse
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +84,7 @@ def main() -> None:
     args = parser.parse_args()
     losses: dict[str, Loss] = {"whole logits": whole_logits}
     for chunk in args.chunks:
-        losses[f"chunks of {chunk} tokens"] = lambda *inputs, chunk=chunk: linear_cross_entropy(
-            *inputs, chunk
-        )
+        losses[f"chunks of {chunk} tokens"] = partial(linear_cross_entropy, chunk_tokens=chunk)
     table = Table(title=f"{args.tokens} tokens, vocabulary {args.vocabulary}, hidden {args.hidden}")
     for heading in ("loss by", "precision", "MiB", "bytes per logit"):
         table.add_column(heading)
