@@ -27,6 +27,9 @@ FORMATS = {
 }
 
 
+_WAYS = ("scaling_fwd", "scaling_bwd")
+
+
 class AmaxHistory:
     """Of one product of E matrices: largest values [steps, 3, E] and scales [3, E].
 
@@ -37,22 +40,22 @@ class AmaxHistory:
         device = torch.cuda.current_device()
         self.most_recent = fp8.amax_compute_algo == "most_recent"
         self.largest = [torch.finfo(dtype).max for dtype in FORMATS[fp8.format]]
-        self.amax = torch.zeros(fp8.amax_history_len, 3, matrices, device=device)
+        self.amax_history = torch.zeros(fp8.amax_history_len, 3, matrices, device=device)
         self.scale = torch.ones(3, matrices, device=device)
 
     def record(self, operand: int, amax_E: Tensor) -> None:
         """Take in the largest values of an operand of this step; twice the same changes nothing."""
-        torch.maximum(self.amax[0, operand], amax_E, out=self.amax[0, operand])
+        torch.maximum(self.amax_history[0, operand], amax_E, out=self.amax_history[0, operand])
 
     def advance(self) -> None:
         """End a step: new scales from the history, which loses its oldest row."""
-        amax = self.amax[0] if self.most_recent else self.amax.amax(dim=0)
+        amax = self.amax_history[0] if self.most_recent else self.amax_history.amax(dim=0)
         for operand, largest in enumerate(self.largest):
             known = (amax[operand] > 0) & amax[operand].isfinite()
             scale = exact_scale(amax[operand], largest)
             self.scale[operand] = torch.where(known, scale, self.scale[operand])
-        self.amax.copy_(self.amax.roll(1, dims=0))
-        self.amax[0].zero_()
+        self.amax_history.copy_(self.amax_history.roll(1, dims=0))
+        self.amax_history[0].zero_()
 
 
 def _histories(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, AmaxHistory, bool]]:
@@ -69,7 +72,7 @@ def advance_histories(chunks: list[torch.nn.Module], groups: ProcessGroupCollect
     """End a step for all emulated products with delayed scaling; collective where there are any."""
     found = list(_histories(chunks))
     for experts in (False, True):
-        rows = [history.amax[0] for _, history, of_experts in found if of_experts == experts]
+        rows = [history.amax_history[0] for _, history, of_experts in found if of_experts == experts]
         if not rows:
             continue
         together = torch.cat([row.flatten() for row in rows])
@@ -89,35 +92,47 @@ def _engine_modules(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, Any]]:
                 yield f"{index}.{name}", module
 
 
+def _saved(history: Any) -> dict[str, Tensor]:
+    return {"amax": history.amax_history.cpu(), "scale": history.scale.cpu()}
+
+
+def _restore(history: Any, saved: dict[str, Tensor]) -> None:
+    """As many steps of a history as both have; the newest come first."""
+    steps = min(len(history.amax_history), len(saved["amax"]))
+    history.amax_history[:steps] = saved["amax"][:steps]
+    history.scale.copy_(saved["scale"])
+
+
 def sharded_histories(chunks: list[torch.nn.Module]) -> ShardedObject:
     """Histories and scales of this rank's products, as an object of a sharded checkpoint.
 
     Of Transformer Engine's modules too, whose own `_extra_state` is a pickle that nobody should load.
     """
     states: dict[str, dict[str, Any]] = {
-        name: {"amax": history.amax, "scale": history.scale} for name, history, _ in _histories(chunks)
+        name: {"all": _saved(history)} for name, history, _ in _histories(chunks)
     }
     for name, module in _engine_modules(chunks):
         meta = module.fp8_meta
-        if "scaling_fwd" in meta and hasattr(meta["scaling_fwd"], "amax_history"):
-            states[name] = {"num_gemms": meta["num_gemms"]}
-            for way in ("scaling_fwd", "scaling_bwd"):
-                states[name][way] = {"amax": meta[way].amax_history, "scale": meta[way].scale}
+        if all(hasattr(meta.get(way), "amax_history") for way in _WAYS):
+            states[name] = {way: _saved(meta[way]) for way in _WAYS} | {"num_gemms": meta["num_gemms"]}
     return ShardedObject("fp8_histories", states, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
 
 
 @torch.no_grad()
-def restore_histories(chunks: list[torch.nn.Module], states: dict[str, Any]) -> None:
-    """Put loaded histories and scales back, into modules of the same layout."""
-    for name, history, _ in _histories(chunks):
-        history.amax.copy_(states[name]["amax"])
-        history.scale.copy_(states[name]["scale"])
-    for name, module in _engine_modules(chunks):
-        if name not in states:
-            continue  # not under an FP8 context
-        module.fp8_meta["num_gemms"] = states[name]["num_gemms"]
-        module.fp8_meta["recipe"] = get_fp8_recipe(get_model_config(chunks[0]))
-        module.init_fp8_meta_tensors(module.fp8_meta["recipe"])
-        for way in ("scaling_fwd", "scaling_bwd"):
-            module.fp8_meta[way].amax_history.copy_(states[name][way]["amax"])
-            module.fp8_meta[way].scale.copy_(states[name][way]["scale"])
+def restore_histories(chunks: list[torch.nn.Module], states: dict[str, Any]) -> bool:
+    """Put loaded histories and scales back; whether each is of a product of this model, and each has one.
+
+    Those of another library's modules are not, nor those of layers that were or are kept in BF16.
+    """
+    emulated = {name: history for name, history, _ in _histories(chunks)}
+    engine = dict(_engine_modules(chunks))
+    for name in emulated.keys() & states.keys():
+        _restore(emulated[name], states[name]["all"])
+    for name in engine.keys() & states.keys():
+        meta = engine[name].fp8_meta
+        meta["num_gemms"] = states[name]["num_gemms"]
+        meta["recipe"] = get_fp8_recipe(get_model_config(chunks[0]))
+        engine[name].init_fp8_meta_tensors(meta["recipe"])
+        for way in _WAYS:
+            _restore(meta[way], states[name][way])
+    return emulated.keys() <= states.keys() <= emulated.keys() | engine.keys()

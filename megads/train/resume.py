@@ -125,6 +125,8 @@ def _load(
     average: ParameterAverage | None,
 ) -> None:
     """Tensors of a checkpoint into their places; an average that it does not hold begins with the weights."""
+    if optimizer:
+        check_optimizer_format(found, record, step)
     parts: dict[str, Any] = {
         "optimizer": optimizer,
         "generators": generators,
@@ -136,13 +138,33 @@ def _load(
     loaded = store.load(found.path, sharded_state(step, **parts, loading=True))
     if loaded is None:
         raise CheckpointError(f"{found.path} disappeared while it was being loaded")
-    restore_state(step, loaded[0], **parts)
-    if step.delayed_scaling and not parts["fp8_histories"] and dist.get_rank() == 0:
-        logger.warning("the checkpoint holds no FP8 scales of this layout: they start afresh")
+    has_scales = restore_state(step, loaded[0], **parts)
+    if step.delayed_scaling and not has_scales and dist.get_rank() == 0:
+        logger.warning("the checkpoint lacks FP8 scales of this layout and backend: they start afresh")
     if average is not None and parts["average"] is None:
         average.start_from_weights()
         if dist.get_rank() == 0:
             logger.warning("the checkpoint holds no average of the weights: it starts from these weights")
+
+
+def check_optimizer_format(found: commit.CheckpointInfo, record: dict[str, Any], step: TrainingStep) -> None:
+    """Raises CheckpointError where Megatron-Core's optimizers do not read each other's state.
+
+    The sharded one has FP32 weights in any precision, the other one only beside 16-bit weights.
+    """
+    then, now = record["config"]["distributed"]["zero_stage"], step.config.distributed.zero_stage
+    precisions = record["resolved"]["precision"], step.resolved.precision
+    if then != now:
+        raise CheckpointError(
+            f"{found.path}: its optimizer is of distributed.zero_stage = {then}, and this run has {now}: set "
+            f"it to {then}, or start a new run with the weights alone (checkpointing.init_from)"
+        )
+    if now == 0 and precisions[0] != precisions[1] and "fp32" in precisions:
+        raise CheckpointError(
+            f"{found.path}: its optimizer is of a run in {precisions[0]}, this one is in {precisions[1]}, "
+            "and with distributed.zero_stage = 0 their states differ: start a new run with the weights alone "
+            "(checkpointing.init_from). Runs with zero_stage = 1 may change their precision"
+        )
 
 
 def _tell_differences(record: dict[str, Any], datasets: Datasets, optimizer: bool, state: TrainState) -> None:

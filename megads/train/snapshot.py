@@ -13,6 +13,7 @@ from megads.mcore.generators import restore_generators, sharded_generators
 from megads.model.build import unwrap
 from megads.model.fp8_history import restore_histories, sharded_histories
 from megads.optim.build import allocate_optimizer_state, load_optimizer_state
+from megads.optim.master_weights import reload_weights, renew_weights
 from megads.train.average import ParameterAverage
 from megads.train.step import TrainingStep
 
@@ -75,17 +76,19 @@ def restore_state(
     generators: bool,
     fp8_histories: bool = False,
     average: ParameterAverage | None = None,
-) -> None:
-    """Put loaded tensors in place."""
-    for index, chunk in enumerate(step.chunks):
-        unwrap(chunk).load_state_dict(state[f"model{index}"])
+) -> bool:
+    """Put loaded tensors in place; whether all products with delayed scaling have got a history."""
+    models = {f"model{index}": state[f"model{index}"] for index in range(len(step.chunks))}
+    for chunk, model in zip(step.chunks, models.values(), strict=True):
+        unwrap(chunk).load_state_dict(model)
+    complete = restore_histories(step.chunks, state["fp8_histories"]) if fp8_histories else False
     if optimizer:
         load_optimizer_state(step.optimizer, state["optimizer"])
+        renew_weights(step.optimizer, step.chunks)
     else:
-        step.optimizer.reload_model_params()
+        reload_weights(step.optimizer, step.chunks, models)
     if generators:
         restore_generators(state["generators"])
-    if fp8_histories:
-        restore_histories(step.chunks, state["fp8_histories"])
     if average is not None:
         average.restore(state["average"])
+    return complete

@@ -51,14 +51,14 @@ def moment_types(settings: dict[str, Any]) -> set[tuple[torch.dtype, torch.dtype
     return {(state["exp_avg"].dtype, state["exp_avg_sq"].dtype) for state in states}
 
 
-def start_fp16(settings: dict[str, Any]) -> Any:
-    """A step in FP16, which a command line offers on CUDA only."""
+def start_in(precision: str, settings: dict[str, Any]) -> Any:
+    """A step in 16 bits, which a command line offers on CUDA only, or in FP32."""
     import torch.distributed as dist
 
     from megads.mcore.groups import destroy_process_groups, initialize_device, initialize_process_groups
 
     config, resolved = tiny.configure({"training.use_bf16": False} | settings)
-    resolved = dataclasses.replace(resolved, precision="fp16")
+    resolved = dataclasses.replace(resolved, precision=precision)
     initialize_device(resolved.device)
     if dist.is_initialized():
         destroy_process_groups()
@@ -84,7 +84,7 @@ def fp16_steps(step: Any, first: int, count: int) -> list[tuple[bool, bool, floa
 
 def overflow_and_settle(settings: dict[str, Any]) -> dict[str, Any]:
     """Steps whose scale is too large at first; weights before and after the first."""
-    step = start_fp16(settings)
+    step = start_in("fp16", settings)
     before = tiny.shards(step, optimizer=False)
     first = fp16_steps(step, 0, 1)
     after = tiny.shards(step, optimizer=False)
@@ -96,13 +96,27 @@ def overflow_and_settle(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume_fp16(settings: dict[str, Any], directory: Path) -> dict[str, Any]:
-    step = start_fp16(settings)
+    step = start_in("fp16", settings)
     fp16_steps(step, 0, 4)
     save(step, directory, 2)
     went_on = fp16_steps(step, 4, 4)
-    step = start_fp16(settings | {"seed": 7, "training.fp16.initial_loss_scale": 8.0})
+    step = start_in("fp16", settings | {"seed": 7, "training.fp16.initial_loss_scale": 8.0})
     load(step, directory, generators=True)
     return {"went_on": went_on, "resumed": fp16_steps(step, 4, 4)}
+
+
+def change_precision(settings: dict[str, Any], first: str, then: str, directory: Path) -> dict[str, Any]:
+    """Going on in one precision, resuming in the other; weights and (rank 0) masters after loading."""
+    step = start_in(first, settings)
+    tiny.train(step, 0, 3)
+    save(step, directory, 3)
+    went_on = tiny.train(step, 3, 2)
+    step = start_in(then, settings | {"seed": 7})
+    load(step, directory, generators=True)
+    weights = [weight.detach().clone() for chunk in step.chunks for weight in chunk.parameters()]
+    step.gather_parameters = lambda: None  # what the first step would do
+    held = {name: part for name, _, _, part in tiny.shards(step)}
+    return {"went_on": went_on, "weights": weights, "held": held, "resumed": tiny.train(step, 3, 2)}
 
 
 # --- with the workers' results ----------------------------------------------------------------
@@ -185,6 +199,23 @@ def test_moments_change_their_type_on_resume_in_another_layout(
     for a, b in zip(went_on["records"], resumed["records"], strict=True):
         torch.testing.assert_close(a["losses"], b["losses"], rtol=2e-3, atol=0)
     assert went_on["records"] != resumed["records"]
+
+
+@pytest.mark.parametrize(("first", "then"), [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")])
+def test_a_run_resumes_in_another_precision(first: str, then: str, tmp_path: Path) -> None:
+    """With the master weights of the first, rounded to the other precision on every rank."""
+    scaling = {"training.fp16.initial_loss_scale": 2.0**8}
+    ranks = job("dp2", change_precision, scaling, first=first, then=then, directory=tmp_path)
+    for weight, other in zip(ranks[0]["weights"], ranks[1]["weights"], strict=True):
+        assert torch.equal(weight, other)
+    held, masters = ranks[0]["held"], "optimizer.state.param."
+    names = [name.removeprefix(masters) for name in held if name.startswith(masters)]
+    assert "decoder.layers.1.mlp.experts.weight1" in names
+    for name in names:
+        assert torch.equal(held[name], held[masters + name].to(held[name].dtype))
+    for a, b in zip(ranks[0]["went_on"], ranks[0]["resumed"], strict=True):
+        assert a["losses"] != b["losses"]
+        torch.testing.assert_close(torch.tensor(a["losses"]), torch.tensor(b["losses"]), rtol=0.03, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["single", "ep2"])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from megads.config.schema import FP8
 from megads.model.fp8_emulation import Rounding, emulated_linear, emulated_product
-from megads.model.fp8_history import FORMATS, AmaxHistory
+from megads.model.fp8_history import FORMATS, AmaxHistory, restore_histories, sharded_histories
 from megads.model.fp8_rounding import (
     Rows,
     exact_scale,
@@ -163,7 +163,51 @@ def test_evaluation_and_infinities_leave_the_scales_alone(monkeypatch: pytest.Mo
     x, w, grad = operands()
     with torch.no_grad():
         emulated_product(x, w, None, own)
-    assert not history.amax.any()
+    assert not history.amax_history.any()
     products(torch.full_like(x, torch.inf), w, grad, ends_E=None, rounding=own)
     history.advance()
     assert history.scale[0].tolist() == [1.0]
+
+
+def chunk_of(history: AmaxHistory) -> list[torch.nn.Module]:
+    chunk = torch.nn.Module()
+    chunk.linear = torch.nn.Module()
+    chunk.linear.amax_histories = {"weight": history}  # type: ignore[assignment]
+    return [chunk]
+
+
+@pytest.mark.parametrize("length", [2, 4, 9])
+def test_saved_scales_go_on_exactly_also_into_a_history_of_another_length(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    x, w, grad = operands()
+
+    def step(history: AmaxHistory, own: Rounding, factor: float) -> tuple[torch.Tensor, ...]:
+        found = products(x * factor, w, grad, ends_E=None, rounding=own)
+        history.advance()
+        return found
+
+    history, own = delayed(monkeypatch, amax_history_len=4)
+    for factor in (1.0, 4.0, 2.0):
+        step(history, own, factor)
+    saved = sharded_histories(chunk_of(history)).data
+    loaded, its_own = delayed(monkeypatch, amax_history_len=length)
+    assert restore_histories(chunk_of(loaded), saved)
+    for ours, theirs in zip(step(history, own, 3.0), step(loaded, its_own, 3.0), strict=True):
+        assert torch.equal(ours, theirs)
+    largest = (4.0 if length > 2 else 3.0) * x.abs().max()
+    torch.testing.assert_close(loaded.scale[0, 0], 448.0 / largest)
+
+
+def test_scales_of_other_products_are_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    history, _ = delayed(monkeypatch)
+    saved = {"amax": torch.ones(1024, 3, 1), "scale": torch.full((3, 1), 5.0)}
+    assert not restore_histories(chunk_of(history), {})
+    assert not restore_histories(chunk_of(history), {"0.other.weight": {"all": saved}})
+    assert history.scale.flatten().tolist() == [1.0, 1.0, 1.0]
+    ours = {"0.linear.weight": {"all": saved}}
+    assert not restore_histories(chunk_of(history), ours | {"0.other.weight": {"all": saved}})
+    assert restore_histories(chunk_of(history), ours)
+    assert history.scale.flatten().tolist() == [5.0, 5.0, 5.0]
