@@ -11,10 +11,11 @@ import time
 from collections.abc import Sequence
 
 from megads.config import show
-from megads.config.flags import parse_flags
+from megads.config.flags import Arguments, parse_flags
 from megads.config.schema import Config
 from megads.config.stages import Stage, check_stages, load_stages, planned_processes, select
-from megads.errors import MegadsError, RunStopped
+from megads.errors import ConfigError, MegadsError, RunStopped
+from megads.launch.local_ranks import fork_ranks
 from megads.log import setup_logging
 from megads.mcore.imports import without_garbage_collection
 
@@ -28,15 +29,21 @@ def main(argv: list[str]) -> int:
         stages = load_stages(arguments.config, arguments.overrides, arguments.origins)
         if arguments.stage is not None:
             select(stages, arguments.stage)
+        processes = _processes(arguments)
         if arguments.dry_run:
             with contextlib.suppress(BrokenPipeError):  # of `--dry-run | head`
-                planned = planned_processes(stages, arguments.world_size)
+                planned = planned_processes(stages, arguments.world_size or arguments.nproc_per_node)
                 print(show.dry_run_stages(stages, *planned), flush=True)
             return 0
         # Before torch is imported: a mistake in the configuration is told at once.
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        check_stages(stages, world_size, cuda=_may_have_cuda(stages[0].config))
-        _pretrain(stages, world_size, arguments.stage)
+        may_have_cuda = _may_have_cuda(stages[0].config)
+        check_stages(stages, processes, may_have_cuda)
+        if arguments.nproc_per_node is not None:
+            # CUDA would not survive the fork, so there each process imports torch for itself.
+            code = fork_ranks(processes, _nothing if may_have_cuda else _load_training_on_cpu)
+            if code is not None:
+                return code
+        _pretrain(stages, processes, arguments.stage)
     except MegadsError as error:
         _tell(error)
         return error.exit_code
@@ -56,6 +63,35 @@ def _tell(error: MegadsError) -> None:
         time.sleep(SECONDS_FOR_RANK_0)
     name = type(error).__name__ if rank == "0" else f"rank {rank}: {type(error).__name__}"
     print(f"{name}: {error}", file=sys.stderr, flush=True)
+
+
+def _processes(arguments: Arguments) -> int:
+    """Of the whole job. Raises ConfigError where two launchers would start some."""
+    launched, asked = os.environ.get("WORLD_SIZE"), arguments.nproc_per_node
+    if asked is None:
+        return int(launched or "1")
+    if launched is not None and not arguments.dry_run:
+        raise ConfigError(
+            "--nproc-per-node: a launcher has started this process already (WORLD_SIZE is set); "
+            "leave the flag out, or start pretrain_megads.py without the launcher"
+        )
+    if asked < 1:
+        raise ConfigError(f"--nproc-per-node {asked}: must be at least 1")
+    return asked
+
+
+def _load_training_on_cpu() -> None:
+    """Import what every process of a CPU run needs, and whatever it takes from there."""
+    with without_garbage_collection():
+        from megads.mcore.groups import initialize_device
+
+        initialize_device("cpu")
+        import megads.train.loop
+        import megads.train.stages  # noqa: F401
+
+
+def _nothing() -> None:
+    """Each process loads what it needs."""
 
 
 def _may_have_cuda(config: Config) -> bool:

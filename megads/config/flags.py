@@ -17,18 +17,22 @@ from megads.config.schema import Config
 from megads.config.tree import Leaf, get, leaf_by_path, leaves
 from megads.errors import ConfigError
 
+GENERAL = ("config", "dry_run", "world_size", "nproc_per_node", "stage")  # flags that are no settings
+
 
 @dataclass(frozen=True)
 class Arguments:
     """A parsed command line: `load_config(arguments.config, arguments.overrides, arguments.origins)`.
 
     `world_size` is the number of processes to plan for in a dry run; None: see
-    `resolve.planned_hardware`. `stage` is the only stage to run; None: all.
+    `resolve.planned_hardware`. `nproc_per_node` is the number to fork; None: this process is one of those
+    that a launcher has started, or the only one. `stage` is the only stage to run; None: all.
     """
 
     config: str | None
     dry_run: bool
     world_size: int | None
+    nproc_per_node: int | None = None
     stage: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -42,10 +46,8 @@ def parse_flags(argv: Sequence[str], program: str = "pretrain_megads.py") -> Arg
         raise ConfigError("\n".join(_unknown(word, parser) for word in unknown))
     values = vars(known)
     origins = values.pop("origins", {})
-    config, dry_run, world_size, stage = (
-        values.pop(name) for name in ("config", "dry_run", "world_size", "stage")
-    )
-    return Arguments(config, dry_run, world_size, stage, values, origins)
+    general = {name: values.pop(name) for name in GENERAL}
+    return Arguments(**general, overrides=values, origins=origins)
 
 
 def build_parser(program: str = "pretrain_megads.py") -> argparse.ArgumentParser:
@@ -69,6 +71,10 @@ def build_parser(program: str = "pretrain_megads.py") -> argparse.ArgumentParser
     general.add_argument(
         "--world-size", type=int, metavar="N", default=None,
         help="processes that --dry-run plans for; default: those the configuration asks for",
+    )  # fmt: skip
+    general.add_argument(
+        "--nproc-per-node", type=int, metavar="N", default=None,
+        help="run N processes on this machine, without a launcher",
     )  # fmt: skip
     general.add_argument("--stage", metavar="NAME", default=None, help="run only this one of the stages")
     groups = {"": general}

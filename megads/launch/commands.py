@@ -1,6 +1,7 @@
 """The command lines that start processes on one machine, and what starts them."""
 
 import os
+import runpy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,18 +14,7 @@ from megads.errors import EnvironmentSetupError
 
 REPOSITORY = Path(megads.__file__).resolve().parents[1]
 PRETRAIN = REPOSITORY / "pretrain_megads.py"
-LOCAL_RANKS = Path(__file__).with_name("local_ranks.py")
 TORCHRUN = "torch.distributed.run"
-
-
-def one_process(arguments: Sequence[str]) -> list[str]:
-    """Without a launcher: a run of one process needs none."""
-    return [sys.executable, str(PRETRAIN), *arguments]
-
-
-def several_processes(processes: int, arguments: Sequence[str]) -> list[str]:
-    """On this machine alone, at a port that is free."""
-    return [sys.executable, str(LOCAL_RANKS), str(processes), str(PRETRAIN), *arguments]
 
 
 def torchrun_on_host(
@@ -57,7 +47,29 @@ def deepspeed(
 
 
 @dataclass(frozen=True)
-class OnThisMachine:
+class Pretraining:
+    """`pretrain_megads.py` in this process, which has loaded the configuration; it forks several."""
+
+    processes: int
+    arguments: tuple[str, ...]
+
+    def describe(self) -> str:
+        """What a shell would be given."""
+        return shlex.join([sys.executable, *self._words()])
+
+    def run(self) -> int:
+        """Does not return: the script ends the process."""
+        sys.argv = self._words()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        raise AssertionError("pretrain_megads.py ends with sys.exit")
+
+    def _words(self) -> list[str]:
+        several = ["--nproc-per-node", str(self.processes)] if self.processes > 1 else []
+        return [str(PRETRAIN), *several, *self.arguments]
+
+
+@dataclass(frozen=True)
+class Replacement:
     """A command that takes the launcher's place: signals and exit code are its own."""
 
     command: tuple[str, ...]

@@ -1,20 +1,18 @@
-"""Runs a script as the processes of a job on this machine, with torchrun's environment variables.
+"""The processes of a job on one machine, forked from one that has loaded what they need.
 
-`python local_ranks.py PROCESSES SCRIPT ARGUMENTS...`, in torchrun's place where there is one machine: without
-its own import of torch, for which the processes wait as long as they then take to import it themselves; and
-with their exit codes, where torchrun has 1 for all. No rendezvous and no restarts: see `tools/supervise.py`.
-
-The file stands for itself: it starts in hundredths of a second, and nothing else is held in memory.
+In torchrun's place: without its own import of torch, for which its processes wait as long as they then take
+to import it themselves; with their exit codes, where torchrun has 1 for all; and what was imported before the
+fork is loaded once and in memory once. No rendezvous and no restarts: see `tools/supervise.py`.
 """
 
 import ctypes
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -24,41 +22,78 @@ SECONDS_TO_END = 30.0  # from SIGTERM to SIGKILL, as torchrun has it
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-class Ranks:
-    """The processes of the job; in sessions of their own, so that Ctrl-C reaches this process alone."""
+def fork_ranks(processes: int, load: Callable[[], None]) -> int | None:
+    """Fork the processes of a job after `load`, which imports what they share.
 
-    def __init__(self, processes: int, command: Sequence[str]) -> None:
+    Returns None in each of them, with torchrun's environment variables. In the launcher, when all have ended,
+    the exit code of the first that failed, 128 + N when signal N ended it; 0 if none did.
+
+    `load` must start no threads and leave CUDA alone: neither is there after a fork.
+    """
+    shared = {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    if processes > 1:
+        # Each would take all cores; torchrun's default too. Libraries read it when they are imported.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    load()
+    os.environ |= shared | {"MASTER_PORT": str(_free_port())}
+    ranks = _Ranks()
+    return ranks.wait() if ranks.fork(processes) else None
+
+
+@dataclass
+class _Rank:
+    """A forked process; `code` as `subprocess` has it, -N when signal N ended it, None while it runs."""
+
+    pid: int
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class _Ranks:
+    """The processes; in sessions of their own, so that Ctrl-C reaches the launcher alone."""
+
+    def __init__(self) -> None:
+        self._ranks: list[_Rank] = []
         self._signals: list[int] = []
+
+    def fork(self, processes: int) -> bool:
+        """Whether this is still the launcher."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        launcher = os.getpid()
+        # Held back until each side has its own handlers, so that none is lost or handled by the wrong one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        for rank in range(processes):
+            pid = os.fork()
+            if not pid:
+                os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+                os.setsid()
+                _end_with(launcher)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+                return False
+            self._ranks.append(_Rank(pid))
         for number in PASSED_ON:
             signal.signal(number, self._remember)
-        shared = {
-            **os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-            "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-        }  # fmt: skip
-        shared.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-        if processes > 1:
-            # Each would take all cores; torchrun's default too.
-            shared.setdefault("OMP_NUM_THREADS", "1")
-        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-        self._processes = [
-            subprocess.Popen(
-                command,
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,
-                # Were this process killed, they would run on unseen.
-                preexec_fn=prctl and (lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)),
-            )
-            for rank in range(processes)
-        ]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        return True
 
     def wait(self) -> int:
-        """The exit code of the first process that failed, when all have ended; 0 if none did.
-
-        128 + N when signal N ended it.
-        """
+        """The exit code of the job, when all have ended."""
         code = 0
-        while not code and any(process.poll() is None for process in self._processes):
+        while not code and any(rank.poll() is None for rank in self._ranks):
             code = self._first_failure()
             self._pass_on_signals()
             time.sleep(0.05)
@@ -71,13 +106,12 @@ class Ranks:
         return code
 
     def _first_failure(self) -> int:
-        for rank, process in enumerate(self._processes):
-            if code := process.poll():
+        for number, rank in enumerate(self._ranks):
+            if code := rank.poll():
                 if code < 0:
                     name = signal.Signals(-code).name
-                    print(
-                        f"rank {rank} was ended by {name}; stopping the others", file=sys.stderr, flush=True
-                    )
+                    told = f"rank {number} was ended by {name}; stopping the others"
+                    print(told, file=sys.stderr, flush=True)
                 return code if code > 0 else 128 - code
         return 0
 
@@ -89,22 +123,27 @@ class Ranks:
             self._signal_all(self._signals.pop(0))
 
     def _signal_all(self, number: int) -> None:
-        for process in self._processes:
-            process.send_signal(number)  # not to one that has ended
+        for rank in self._ranks:
+            rank.send_signal(number)
 
     def _wait_for_all(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
+        while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
             self._pass_on_signals()
             time.sleep(0.05)
 
 
-def free_port() -> int:
+def _end_with(launcher: int) -> None:
+    """Have SIGTERM sent to this process when the launcher is killed: it would run on unseen."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # killed before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _free_port() -> int:
     """A port where rank 0 can open the store of the job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-if __name__ == "__main__":
-    sys.exit(Ranks(int(sys.argv[1]), [sys.executable, *sys.argv[2:]]).wait())

@@ -11,7 +11,7 @@ from megads.config.resolve import slurm_processes_per_node
 from megads.config.schema import Config
 from megads.config.stages import Stage, check_stages, load_stages, planned_processes
 from megads.errors import ConfigError
-from megads.launch.commands import OnThisMachine, deepspeed, one_process, several_processes
+from megads.launch.commands import Pretraining, Replacement, deepspeed
 from megads.launch.hostfile import choose_hosts, read_hostfile
 from megads.launch.hosts import over_ssh
 from megads.launch.options import Options
@@ -62,15 +62,15 @@ def prepare(options: Options) -> tuple[Start, Checked]:
         return over_ssh(hosts, processes, options.port, options.arguments), checked
     processes = options.gpus or planned_processes(_stages(options))[0]
     checked = _check(options, processes)
-    if processes == 1:
-        return OnThisMachine(tuple(one_process(options.arguments))), checked
-    return OnThisMachine(tuple(several_processes(processes, options.arguments))), checked
+    return Pretraining(processes, tuple(options.arguments)), checked
 
 
 def _stages(options: Options) -> tuple[Stage, ...]:
     arguments = parse_flags(options.arguments, "run_training.py")
-    if arguments.world_size is not None:
-        raise ConfigError("--world-size is for pretrain_megads.py --dry-run; here give --gpus and --nodes")
+    if (arguments.world_size, arguments.nproc_per_node) != (None, None):
+        raise ConfigError(
+            "--world-size and --nproc-per-node are for pretrain_megads.py; here give --gpus and --nodes"
+        )
     return load_stages(arguments.config, arguments.overrides, arguments.origins)
 
 
@@ -127,4 +127,4 @@ def _through_deepspeed(options: Options) -> tuple[Start, Checked]:
     else:
         processes = options.gpus or planned_processes(_stages(options))[0]
     command = deepspeed(processes, options.arguments, options.hostfile, nodes, options.port)
-    return OnThisMachine(tuple(command)), _check(options, nodes * processes)
+    return Replacement(tuple(command)), _check(options, nodes * processes)

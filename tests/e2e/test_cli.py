@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import ROOT, pretrain, run, write_json
+from megads.errors import ConfigError
+from tests.e2e.commands import ROOT, pretrain, pretrain_command, run, write_json
 
 REPORT = """
 import runpy, sys
@@ -56,6 +57,15 @@ def test_dry_run_says_what_would_run_and_touches_nothing(tmp_path: Path) -> None
     assert "4 on cpu (gloo), fp32: TP 2 with SP x PP 1 x CP 1 x DP 2" in done.stdout
     assert "distributed.tensor_parallel_size = 2" in done.stdout
     assert not output.exists()
+
+
+def test_processes_to_start_here_are_planned_and_not_added_to_those_of_a_launcher() -> None:
+    flags = ("--config", "configs/debug.json", "--distributed.device", "cpu", "--nproc-per-node")
+    assert "2 on cpu (gloo)" in pretrain(*flags, 2, "--dry-run").stdout
+    command = pretrain_command(*flags, 2)
+    launched = run(command, environment={"WORLD_SIZE": "2", "RANK": "0"})
+    assert (launched.returncode, "WORLD_SIZE is set" in launched.stderr) == (ConfigError.exit_code, True)
+    assert "must be at least 1" in pretrain(*flags, 0).stderr
 
 
 def test_every_config_that_comes_with_it_can_run() -> None:

@@ -79,6 +79,7 @@ def test_data_path_that_is_neither_prefixes_nor_pairs(words: list[str]) -> None:
 def test_general_flags() -> None:
     arguments = parse_flags(["--config", "a.json", "--dry-run", "--world-size", "8"])
     assert (arguments.config, arguments.dry_run, arguments.world_size) == ("a.json", True, 8)
+    assert parse_flags(["--nproc-per-node", "2"]).nproc_per_node == 2
     assert arguments.overrides == {}
     assert parse_flags([]).dry_run is False
 

@@ -13,8 +13,23 @@ import pytest
 from megads.errors import BudgetReached, RunStopped
 from megads.launch import local_ranks
 
-LAUNCHER = Path(local_ranks.__file__)
-SHOW = "import json, os; print(json.dumps(dict(os.environ)), flush=True)"
+# What is printed before the fork, and not flushed, is to be printed once.
+LAUNCHER = """
+import os, sys
+from megads.launch.local_ranks import fork_ranks
+def load():
+    global loaded_in
+    loaded_in = os.getpid()
+    sys.stdout.write("loaded " + os.environ["OMP_NUM_THREADS"] + "\\n")
+code = fork_ranks({processes}, load)
+if code is not None:
+    sys.exit(code)
+"""
+SHOW = """
+import json
+line = json.dumps({**os.environ, "loaded_in": loaded_in, "session": os.getsid(0)})
+os.write(1, (line + "\\n").encode())  # both write to one pipe
+"""
 # Tells where it is, then waits for SIGTERM to save and agree on 75.
 SAVES = """
 import os, pathlib, signal, sys, time
@@ -30,10 +45,10 @@ time.sleep(60)
 
 def start(tmp_path: Path, processes: int, code: str) -> "subprocess.Popen[str]":
     script = tmp_path / "script.py"
-    script.write_text(code)
+    script.write_text(LAUNCHER.format(processes=processes) + code)
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
-        [sys.executable, str(LAUNCHER), str(processes), str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
 
@@ -53,11 +68,15 @@ def wait_until_ready(tmp_path: Path, processes: int) -> list[int]:
 def test_the_environment_is_torchruns(tmp_path: Path) -> None:
     out, _ = (job := start(tmp_path, 2, SHOW)).communicate(timeout=30)
     assert job.returncode == 0
-    shown = sorted((json.loads(line) for line in out.splitlines()), key=lambda one: one["RANK"])
+    loaded, *lines = out.splitlines()
+    assert loaded == "loaded 1", "once, with the number of threads that the processes will have"
+    shown = sorted((json.loads(line) for line in lines), key=lambda one: one["RANK"])
     assert [(one["RANK"], one["LOCAL_RANK"]) for one in shown] == [("0", "0"), ("1", "1")]
     names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "OMP_NUM_THREADS")
     assert [shown[0][name] for name in names] == ["2", "2", "0", "127.0.0.1", "1"]
     assert shown[0]["MASTER_PORT"] == shown[1]["MASTER_PORT"] != "0"
+    assert {one["loaded_in"] for one in shown} == {job.pid}
+    assert len({job.pid, *(one["session"] for one in shown)}) == 3, "Ctrl-C is for the launcher"
 
 
 def test_the_first_failure_ends_the_others_and_is_the_exit_code(tmp_path: Path) -> None:

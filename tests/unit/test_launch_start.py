@@ -1,5 +1,6 @@
 """What the launcher would start, for each way of asking; every mistake is told before anything starts."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from megads.errors import ConfigError, EnvironmentSetupError, MegadsError
 from megads.launch import commands
-from megads.launch.commands import LOCAL_RANKS, PRETRAIN, OnThisMachine
+from megads.launch.commands import PRETRAIN, Pretraining, Replacement
 from megads.launch.hosts import OverSsh
 from megads.launch.options import parse_options
 from megads.launch.start import Start, prepare
@@ -25,8 +26,8 @@ def start(*argv: object) -> Start:
 
 def command(*argv: object) -> list[str]:
     made = start(*argv)
-    assert isinstance(made, OnThisMachine)
-    return list(made.command)
+    assert isinstance(made, Pretraining | Replacement)
+    return shlex.split(made.describe())
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def test_one_process_needs_no_launcher() -> None:
 
 def test_as_many_processes_as_the_layout_needs_or_as_asked() -> None:
     words = command(*DEBUG, "--expert-model-parallel-size", 2)
-    assert words[:3] == [sys.executable, str(LOCAL_RANKS), "2"]
-    assert words[3:] == [str(PRETRAIN), *DEBUG, "--expert-model-parallel-size", "2"]
-    assert command(*DEBUG, "--gpus", 2)[2] == "2"
+    assert words[:4] == [sys.executable, str(PRETRAIN), "--nproc-per-node", "2"]
+    assert words[4:] == [*DEBUG, "--expert-model-parallel-size", "2"]
+    assert command(*DEBUG, "--gpus", 2)[3] == "2"
 
 
 def test_resume_is_a_setting_of_the_run(tmp_path: Path) -> None:
