@@ -4,12 +4,13 @@
         --megatron-lm MEGATRON_LM --megatron-python PYTHON --datatrove-python PYTHON --dolma-bin DOLMA
 
 Every contender is a process of its own, started cold and timed by the wall clock from start to exit.
-MegaDS gets the whole corpus, on 1 and 2 workers; its start is in these rates. The limit is a bare loop in
-one process (gunzip, parse, tokenize with a tokenizer that has seen the text before, write): what no tool
-on these libraries can pass. The others take minutes for what MegaDS does in seconds, so they get two
-subsets, and their rate is the difference of bytes over that of seconds: without their start, which would
-count for much on little text. They are compared with MegaDS's rate without its start, found in the same
-way. MB are of the documents' text, 10^6 bytes. Contenders without a flag are left out.
+MegaDS gets the whole corpus, on 1 and 2 workers; its start is in these rates. The limit is a bare loop
+(gunzip, parse, tokenize with a tokenizer that has seen the text before, write): what no tool on these
+libraries can pass, and two such loops at a time show how far the cores of this machine slow each other.
+The others take minutes for what MegaDS does in seconds, so they get two subsets, and their rate is the
+difference of bytes over that of seconds: without their start, which would count for much on little text.
+They are compared with MegaDS's rate without its start, found in the same way. MB are of the documents'
+text, 10^6 bytes. Contenders without a flag are left out.
 """
 
 import argparse
@@ -227,12 +228,21 @@ def measure_limit(options: argparse.Namespace) -> None:
     print(json.dumps(seconds))
 
 
-def run_limit(options: argparse.Namespace, corpus: Path, work: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--limit-only", "--tokenizer", options.tokenizer, "--corpus", corpus,
-               "--work", work]  # fmt: skip
-    said = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
-    seconds: dict[str, float] = json.loads(said.splitlines()[-1])
-    return seconds
+def run_limit(
+    options: argparse.Namespace, corpus: Path, work: Path, processes: int
+) -> list[dict[str, float]]:
+    """Seconds of the parts of each of so many bare loops that run at the same time."""
+    loops = []
+    for number in range(processes):
+        directory = work / f"limit-{processes}-{number}"
+        directory.mkdir(exist_ok=True)
+        command = [sys.executable, __file__, "--limit-only", "--tokenizer", options.tokenizer,
+                   "--corpus", corpus, "--work", directory]  # fmt: skip
+        loops.append(subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True))
+    said = [loop.communicate()[0] for loop in loops]
+    if any(loop.returncode for loop in loops):
+        raise SystemExit("the bare loop failed; what it said is above")
+    return [json.loads(text.splitlines()[-1]) for text in said]
 
 
 # --- the others -------------------------------------------------------------------------------------------
@@ -343,11 +353,17 @@ def measure(options: argparse.Namespace, corpus: Path, work: Path) -> None:
             f"{megabytes / timing.cpu_seconds:.2f} MB per CPU-second  {timing.peak_mb:6.0f} MB per process"
         )
     print(f"scaling on 2 workers: {rates[2] / rates[1]:.2f}", flush=True)
-    parts = run_limit(options, corpus, work)
+    (parts,) = run_limit(options, corpus, work, 1)
     limit = megabytes / sum(parts.values())
     shares = ", ".join(f"{part} {megabytes / max(seconds, 1e-9):.0f}" for part, seconds in parts.items())
     print(
         f"{'limit, 1 core':32} {limit:8.2f} MB/s  ({shares}); MegaDS is at {rates[1] / limit:.0%} of it",
+        flush=True,
+    )
+    both = sum(megabytes / sum(loop.values()) for loop in run_limit(options, corpus, work, 2))
+    print(
+        f"{'limit, 2 cores':32} {both:8.2f} MB/s  scaling of the bare loop: {both / limit:.2f}; "
+        f"MegaDS is at {rates[2] / both:.0%} of it",
         flush=True,
     )
     if options.megatron_lm or options.datatrove_python or options.dolma_bin:
