@@ -133,8 +133,6 @@ def test_dense_model(layout: str) -> None:
         ("tp2-cp2", {}, {}),
     ],
 )
-def test_losses_by_chunks_of_tokens(
-    layout: str, settings: dict[str, Any], only_here: dict[str, Any]
-) -> None:
+def test_losses_by_chunks_of_tokens(layout: str, settings: dict[str, Any], only_here: dict[str, Any]) -> None:
     """The last chunk is shorter, and chunks cross sequences and prediction depths."""
     assert_same_run(layout, settings, only_here={"training.loss_chunk_tokens": 7} | only_here)
