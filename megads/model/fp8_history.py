@@ -33,7 +33,8 @@ _WAYS = ("scaling_fwd", "scaling_bwd")
 class AmaxHistory:
     """Of one product of E matrices: largest values [steps, 3, E] and scales [3, E].
 
-    Of inputs, weights and gradients. The first row is the step under way; scales start at 1.
+    Of inputs, weights and gradients. The first row is the step under way, the others from the oldest to the
+    newest, as in Transformer Engine; scales start at 1.
     """
 
     def __init__(self, fp8: FP8, matrices: int) -> None:
@@ -54,7 +55,7 @@ class AmaxHistory:
             known = (amax[operand] > 0) & amax[operand].isfinite()
             scale = exact_scale(amax[operand], largest)
             self.scale[operand] = torch.where(known, scale, self.scale[operand])
-        self.amax_history.copy_(self.amax_history.roll(1, dims=0))
+        self.amax_history.copy_(self.amax_history.roll(-1, dims=0))
         self.amax_history[0].zero_()
 
 
@@ -97,9 +98,11 @@ def _saved(history: Any) -> dict[str, Tensor]:
 
 
 def _restore(history: Any, saved: dict[str, Tensor]) -> None:
-    """As many steps of a history as both have; the newest come first."""
-    steps = min(len(history.amax_history), len(saved["amax"]))
-    history.amax_history[:steps] = saved["amax"][:steps]
+    """Of a history of another length the newest rows that both have."""
+    new, old = history.amax_history, saved["amax"]
+    finished = min(len(new), len(old)) - 1
+    new[0] = old[0]
+    new[len(new) - finished :] = old[len(old) - finished :]
     history.scale.copy_(saved["scale"])
 
 

@@ -1,9 +1,10 @@
-"""The Transformer Engine backend as far as a machine without a GPU shows it: what is built, not what it computes.
+"""Transformer Engine as far as a machine without a GPU shows it: what is built, not what it computes.
 
 Its modules refuse to be built without CUDA, so the processes say that there is one while they build, and hold
 their tensors on the CPU.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def build_with_transformer_engine(settings: dict[str, Any]) -> Any:
     from megads.train.step import TrainingStep
 
     model = config.model.model_copy(update={"backend": "transformer_engine"})
-    with mock.patch("torch.cuda.is_available", lambda: True):
+    with mock.patch("torch.cuda.is_available", return_value=True):
         return TrainingStep(config.model_copy(update={"model": model}), resolved)
 
 
@@ -77,19 +78,60 @@ def loaded_shards(settings: dict[str, Any], directory: Path) -> list[tiny.Shard]
     return tiny.shards(step)
 
 
+def histories_before_and_after(settings: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
+    """Delayed scaling: what is saved, what was restored, and what the first forward pass makes of that."""
+    from megatron.core.fp8_utils import get_fp8_recipe
+    from megatron.core.utils import get_model_config
+    from transformer_engine.pytorch import autocast
+
+    from megads.model.fp8_history import _engine_modules, restore_histories, sharded_histories
+
+    step = build_with_transformer_engine(settings)
+    transformer = get_model_config(step.chunks[0])
+    transformer.fp8, transformer.fp8_recipe, transformer.fp8_amax_history_len = "e4m3", "delayed", 4
+    modules = [module for _, module in _engine_modules(step.chunks)]
+    saved = []
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        for module in modules:
+            module.fp8_meta["num_gemms"] = getattr(module, "num_gemms", 1)
+            module.init_fp8_meta_tensors(get_fp8_recipe(transformer))
+            for way in ("scaling_fwd", "scaling_bwd"):
+                module.fp8_meta[way].scale.uniform_()
+                module.fp8_meta[way].amax_history.uniform_()
+        saved.append(copy.deepcopy(sharded_histories(step.chunks).data))
+        for module in modules:  # as in a new process
+            module.fp8_meta = {"fp8_checkpoint": False, "fp8_group": None}
+            module.fp8_meta_tensors_initialized = False
+        assert sharded_histories(step.chunks).data == {}
+        assert restore_histories(step.chunks, saved[0])
+        saved.append(copy.deepcopy(sharded_histories(step.chunks).data))
+        with autocast(enabled=True, recipe=get_fp8_recipe(transformer)):
+            for module in modules:
+                module.init_fp8_metadata(num_gemms=getattr(module, "num_gemms", 1))
+        saved.append(sharded_histories(step.chunks).data)
+    return saved
+
+
 if __name__ == "__main__":
-    settings, directory, output = json.loads(sys.argv[1])
-    torch.save(other_shards(settings, Path(directory)), f"{output}/{os.environ['RANK']}.pt")
+    name, settings, directory, output = json.loads(sys.argv[1])
+    torch.save(globals()[name](settings, Path(directory)), f"{output}/{os.environ['RANK']}.pt")
 
 
 # --- the tests --------------------------------------------------------------------------------
 
 
-def in_new_processes(count: int, settings: dict[str, Any], directory: Path, output: Path) -> list[Any]:
-    """`other_shards` on `count` processes: the results by rank."""
+def in_new_processes(
+    count: int, function: Any, settings: dict[str, Any], directory: Path, output: Path
+) -> list[Any]:
+    """A function of this file on `count` processes: the results by rank."""
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", __name__, json.dumps([settings, str(directory), str(output)])]
+    command = [
+        sys.executable,
+        "-m",
+        __name__,
+        json.dumps([function.__name__, settings, str(directory), str(output)]),
+    ]
     processes = [
         subprocess.Popen(
             command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -108,7 +150,7 @@ def test_a_checkpoint_is_the_same_whatever_library_computes_the_layers(layout: s
     processes, settings = tiny.LAYOUTS[layout]
     checkpoints = tmp_path / "checkpoints"
     native = run_distributed(processes, native_shards, settings=settings, directory=checkpoints)
-    other = in_new_processes(processes, settings, checkpoints, tmp_path)
+    other = in_new_processes(processes, other_shards, settings, checkpoints, tmp_path)
     back = run_distributed(processes, loaded_shards, settings=settings, directory=tmp_path / "theirs")
     assert_same([first for first, _ in native], [first for first, _ in other])
     assert_same([trained for _, trained in native], [loaded for _, loaded in other])
@@ -119,3 +161,14 @@ def assert_same(ranks: list[list[tiny.Shard]], other_ranks: list[list[tiny.Shard
     whole, other = tiny.assemble(ranks), tiny.assemble(other_ranks)
     assert whole.keys() == other.keys()
     assert [name for name in whole if not torch.equal(whole[name], other[name])] == []
+
+
+def test_scales_of_delayed_scaling_are_still_there_in_the_first_pass_after_a_resume(tmp_path: Path) -> None:
+    ((saved, restored, used),) = in_new_processes(1, histories_before_and_after, {}, tmp_path, tmp_path)
+    assert len({name.rsplit(".", 1)[-1] for name in saved}) > 3  # linears of attention, FFN and experts
+    for name, of_module in saved.items():
+        for way in ("scaling_fwd", "scaling_bwd"):
+            for found in (restored, used):
+                assert torch.equal(found[name][way]["scale"], of_module[way]["scale"])
+                assert torch.equal(found[name][way]["amax"], of_module[way]["amax"])
+    assert restored.keys() == used.keys() == saved.keys()
