@@ -1,5 +1,6 @@
-"""The GPU benchmark's opponent, Megatron-Core's own modules, as far as a machine without a GPU shows it: what is
-built, in a process that says that there is one, and holds its tensors on the CPU.
+"""The GPU benchmark's opponent, Megatron-Core's own modules, as far as a machine without a GPU shows it.
+
+What is built, in a process that says that there is a GPU, and holds its tensors on the CPU.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ def build(shape: str, precision: str) -> dict[str, Any]:
     resolved = resolved_on(config)
     initialize_device("cpu")
     initialize_process_groups(dataclasses.replace(resolved, backend="gloo"), 2, config.seed)
-    with mock.patch("torch.cuda.is_available", lambda: True):
+    with mock.patch("torch.cuda.is_available", return_value=True):
         model = stock_model(config, resolved)
         optimizer = build_optimizer(config, resolved, wrap_data_parallel(config, resolved, [model]))
     transformer = model.config
@@ -81,7 +82,8 @@ def test_the_opponent_is_the_same_model_with_all_that_makes_it_fast(shape: str, 
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["parameters"] == found["expected"]
-    assert {"TEGroupedMLP", "TEDotProductAttention", "TopKRouter", "MLASelfAttention"} <= set(found["modules"])
+    of_its_own = {"TEGroupedMLP", "TEDotProductAttention", "TopKRouter", "MLASelfAttention"}
+    assert of_its_own <= set(found["modules"])
     assert found["fp8"] == (["e4m3", "blockwise"] if precision == "fp8" else None)
     assert found["recompute"] == ["layernorm", "mla_up_proj"]
     assert set(found["fused_gradients"].values()) == {True}
