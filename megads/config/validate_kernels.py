@@ -35,6 +35,18 @@ def flash_attention_problem(config: Config, device: str) -> str | None:
     return None
 
 
+def fused_rope_fits(config: Config) -> bool:
+    """Whether Megatron-Core's kernels for MLA's rotary part can do these heads, and repeatably if asked to.
+
+    Their blocks are as wide as the parts of a head, in powers of two. Triton chooses among sizes of blocks by
+    timing them, and these sum the rotary key's gradient over heads in different orders.
+    """
+    shape = model_shape(config)
+    widths = shape.qk_nope_head_dim, shape.v_head_dim, shape.qk_rope_head_dim
+    powers = all(width & (width - 1) == 0 for width in widths)
+    return powers and shape.qk_rope_head_dim >= 4 and not config.training.deterministic
+
+
 def _flash_attention(config: Config, cuda: bool) -> Iterator[str]:
     mla = config.model.mla
     if mla.flash_mla_backend == "sparse":

@@ -12,6 +12,7 @@ from megatron.core.utils import init_method_normal
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.backend import choose_backend
+from megads.mcore.fusions import choose_fusions
 from megads.mcore.precision import gathers_fp8_parameters, optimizer_precision, transformer_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -69,6 +70,7 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
     init = init_method_normal(model.init_method_std)
     dtype = DTYPES[resolved.precision]
     transformer_engine = choose_backend(config, resolved).name == "transformer_engine"
+    fusions = choose_fusions(config, resolved)
     return MLATransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.mla.d_model,
@@ -117,8 +119,9 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
         # Transformer Engine's linears add weight gradients to the FP32 buffers of data parallelism.
         gradient_accumulation_fusion=transformer_engine,
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        moe_permute_fusion=False,
+        apply_rope_fusion=False,  # Megatron-Core's MLA has it for YaRN only; ours see model/rope.py
+        bias_activation_fusion=fusions.swiglu,
+        moe_permute_fusion=fusions.permutation,
         transformer_impl="transformer_engine" if transformer_engine else "local",
         **transformer_precision(config, resolved),
         **_experts(config, resolved),

@@ -5,12 +5,13 @@ same names in a checkpoint, and the same results up to rounding. Embedding, rout
 same for all. The choice is `megads.mcore.backend.choose_backend`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megads.mcore.backend import Name
+from megads.mcore.fusions import Fusions
 from megads.model.attention import CoreAttention, dense_attention
 from megads.model.experts import GroupedExperts
 from megads.model.linear import ReplicatedLinear
@@ -25,6 +26,7 @@ class Backend:
     whole on every tensor-parallel rank; `norm(config, hidden_size, eps)`; `experts(num_local_experts, config,
     pg_collection)` are the routed experts of a rank. `core_attention` is a function. `without_fp8` are the
     modules of layers that are kept out of FP8, where that is a matter of modules and not of a context.
+    `fusions` are the kernels that modules of every backend may take.
     """
 
     column_linear: Any
@@ -34,6 +36,7 @@ class Backend:
     experts: Any
     core_attention: CoreAttention = dense_attention
     without_fp8: "Backend | None" = None
+    fusions: Fusions = field(default_factory=Fusions)
 
 
 def backend_modules(name: Name) -> Backend:

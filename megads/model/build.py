@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.backend import choose_backend
+from megads.mcore.fusions import choose_fusions
 from megads.mcore.precision import plan_fp8
 from megads.mcore.translate import transformer_config
 from megads.model.backends import backend_modules
@@ -31,7 +32,10 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
     choice = choose_backend(config, resolved)
     logger.info("layers: %s (%s)", choice.name.replace("_", " "), choice.why)
     core_attention = choose_core_attention(config, resolved, choice.name == "transformer_engine")
-    backend = replace(backend_modules(choice.name), core_attention=core_attention)
+    fusions = choose_fusions(config, resolved)
+    if resolved.device == "cuda":
+        logger.info("fused kernels: %s", fusions.describe())
+    backend = replace(backend_modules(choice.name), core_attention=core_attention, fusions=fusions)
     if (fp8 := plan_fp8(config, resolved)) is not None:
         logger.info("%s", fp8.describe())
         if fp8.emulated:

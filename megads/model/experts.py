@@ -75,7 +75,8 @@ class GroupedExperts(Experts):
             # their gradient travels back through an all-to-all that the other ranks are waiting in.
             return tokens_TH + 0.0 * (self.weight1.sum() + self.weight2.sum() + gates_T.sum()), None
         ends = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
-        hidden_TI = swiglu(self.product("weight1", tokens_TH, self.weight1.flatten(1, 2), ends), gates_T)
+        gate_up = self.product("weight1", tokens_TH, self.weight1.flatten(1, 2), ends)
+        hidden_TI = swiglu(gate_up, gates_T, fused=self.config.bias_activation_fusion)
         return self.product("weight2", hidden_TI, self.weight2, ends), None
 
     def product(self, name: str, x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

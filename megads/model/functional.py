@@ -1,7 +1,7 @@
 """Elementwise parts of the model with hand-written gradients: fewer passes over memory than autograd's.
 
 Every function has the plain formula in its docstring and is tested against it. On CUDA, where torch
-fuses RMSNorm itself, that one is torch's.
+fuses RMSNorm itself, that one is torch's, and SwiGLU is Megatron-Core's where `mcore.fusions` says so.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,8 +39,15 @@ class _SwiGLU(torch.autograd.Function):
         return grad_gate_up, grad_scale
 
 
-def swiglu(gate_up: Tensor, scale: Tensor | None = None) -> Tensor:
-    """silu(gate) * up * scale for [gate | up] [..., 2 I] and `scale` [...] (None: 1): [..., I]."""
+def swiglu(gate_up: Tensor, scale: Tensor | None = None, *, fused: bool = False) -> Tensor:
+    """silu(gate) * up * scale for [gate | up] [..., 2 I] and `scale` [...] (None: 1): [..., I].
+
+    `fused`: by Megatron-Core's compiled functions, with the scale in its own precision; 2 or 3 dimensions.
+    """
+    if fused:
+        if scale is None:
+            return bias_swiglu_impl(gate_up, None)
+        return weighted_bias_swiglu_impl(gate_up, None, scale.unsqueeze(-1))
     return _SwiGLU.apply(gate_up, None if scale is None else scale.to(gate_up.dtype))
 
 

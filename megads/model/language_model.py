@@ -95,6 +95,7 @@ class LanguageModel(LanguageModule):
                 groups.tp,
                 tied=self.share_embeddings_and_output_weights and (pre_process or self.mtp_process),
                 chunk_tokens=config.training.loss_chunk_tokens,
+                fused_loss=backend.fusions.cross_entropy,
             )
         if pre_process or post_process:
             # Marks the copies of the embedding, so that their gradients are summed over the stages.

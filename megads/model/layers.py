@@ -57,14 +57,16 @@ class FeedForward(MLP):
     """Megatron-Core's SwiGLU FFN with our activation."""
 
     def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, None]:
-        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))
+        gate_up = self.linear_fc1(hidden_states)[0]
+        return self.linear_fc2(swiglu(gate_up, fused=self.config.bias_activation_fusion))
 
 
 class SharedExperts(SharedExpertMLP):
     """Megatron-Core's shared experts, all of them as one FFN, with our activation."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.linear_fc2(swiglu(self.linear_fc1(hidden_states)[0]))[0]
+        gate_up = self.linear_fc1(hidden_states)[0]
+        return self.linear_fc2(swiglu(gate_up, fused=self.config.bias_activation_fusion))[0]
 
 
 def _build_moe_layer(moe: MoE, backend: Backend, **kwargs: Any) -> MoELayer:

@@ -28,7 +28,7 @@ from torch import Tensor
 from megads.config.schema import MLA
 from megads.model.backends import Backend
 from megads.model.context_parallel import gather_sequence, in_sequence_order, local_chunks, local_positions
-from megads.model.rope import rotate, softmax_scale
+from megads.model.rope import rotate, rotate_and_join, softmax_scale
 
 # DeepSeek's code leaves the norms on the latents at this epsilon whatever the model's own is.
 LATENT_NORM_EPS = 1e-6
@@ -77,6 +77,7 @@ class MultiLatentAttention(MegatronModule):
         self.window = mla.sliding_window
         self.dropout = mla.attn_dropout
         self.core_attention = backend.core_attention
+        self.fused_rope = backend.fusions.rope
         self.recompute_up_projection = (
             config.recompute_granularity == "selective" and "mla_up_proj" in config.recompute_modules
         )
@@ -153,6 +154,9 @@ class MultiLatentAttention(MegatronModule):
         if cp > 1 and tp > 1:
             kv_SBX = in_sequence_order(kv_SBX, tp, cp)
         kv_SBNX = kv_SBX.unflatten(-1, (heads, config.qk_head_dim + config.v_head_dim))
+        if self.fused_rope:
+            q, k, v = rotate_and_join(q_SBND, kv_SBNX, rope_key_SBR, q_table, table, config.v_head_dim)
+            return _heads_first(q), _heads_first(k), _heads_first(v)
         k_nope, v_SBNV = kv_SBNX.split((config.qk_head_dim, config.v_head_dim), dim=-1)
         q_nope, q_rope = q_SBND.split((config.qk_head_dim, config.qk_pos_emb_head_dim), dim=-1)
         k_rope = rotate(rope_key_SBR.unsqueeze(2), table).expand(-1, -1, heads, -1)

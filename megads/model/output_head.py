@@ -30,11 +30,21 @@ def _without_fused_gradients(config: TransformerConfig) -> TransformerConfig:
     return config
 
 
+def _fused_cross_entropy(logits: Tensor, labels: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
+    """Transformer Engine's: in FP32 inside, and backward puts the gradient where the logits are."""
+    from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+    return parallel_cross_entropy(  # type: ignore[no-any-return]
+        logits, labels, dist_process_group=tp_group, overwrite_input=True
+    )
+
+
 class OutputHead(ColumnParallelLinear):  # type: ignore[misc]
     """Megatron-Core's linear, and the cross-entropy of what it predicts.
 
     `tied`: it has no weight of its own. `chunk_tokens`: tokens whose logits exist at a time when losses are
-    asked for, see `linear_cross_entropy`; None: all, and they are kept for backward.
+    asked for, see `linear_cross_entropy`; None: all, and they are kept for backward: in the run's precision
+    with `fused_loss` (Transformer Engine's kernel, which makes their gradient in their place), else in FP32.
     """
 
     def __init__(
@@ -45,6 +55,7 @@ class OutputHead(ColumnParallelLinear):  # type: ignore[misc]
         *,
         tied: bool,
         chunk_tokens: int | None,
+        fused_loss: bool,
     ) -> None:
         super().__init__(
             config.hidden_size,
@@ -56,7 +67,7 @@ class OutputHead(ColumnParallelLinear):  # type: ignore[misc]
             skip_weight_param_allocation=tied,
             tp_group=tp_group,
         )
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens, self.fused_loss = chunk_tokens, fused_loss
 
     def forward(
         self, hidden: Tensor, weight: Tensor | None = None, labels_KBS: Tensor | None = None
@@ -74,14 +85,16 @@ class OutputHead(ColumnParallelLinear):  # type: ignore[misc]
 
     def _losses(self, hidden_SBH: Tensor, weight: Tensor | None, labels_BS: Tensor) -> Tensor:
         """By the whole logits of one prediction depth: [B, S]."""
-        logits_SBV = super().forward(hidden_SBH, weight)[0].float()
-        labels_SB = labels_BS.transpose(0, 1)
-        if self.tp_group.size() > 1:
+        logits_SBV, labels_SB = super().forward(hidden_SBH, weight)[0], labels_BS.transpose(0, 1)
+        group = self.tp_group if self.tp_group.size() > 1 else None
+        if self.fused_loss:
+            losses_SB = _fused_cross_entropy(logits_SBV, labels_SB, group)
+        elif group is not None:
             losses_SB = vocab_parallel_cross_entropy(
-                logits_SBV, labels_SB.contiguous(), tp_group=self.tp_group
+                logits_SBV.float(), labels_SB.contiguous(), tp_group=group
             )
         else:
-            losses_SB = cross_entropy(logits_SBV, labels_SB)
+            losses_SB = cross_entropy(logits_SBV.float(), labels_SB)
         return losses_SB.transpose(0, 1)
 
     def _losses_by_chunks(

@@ -63,6 +63,42 @@ def rotary_table(mla: MLA, rope_dim: int, positions_SB: Tensor) -> Tensor:
     return table
 
 
+def rotate_and_join(
+    q_SBND: Tensor, kv_SBNX: Tensor, rope_key_SBR: Tensor, q_table: Tensor, k_table: Tensor, value_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [S, B, N, *] by Megatron-Core's Triton kernels; overwrites the queries.
+
+    The same layout as `rotate`, whose products are in the run's precision: here they are in float32. A table
+    with positions of each sample is given as that of one long sequence, which is how the kernels count.
+    """
+    from megatron.core.fusions.fused_mla_yarn_rope_apply import (
+        fused_apply_mla_rope_for_kv,
+        fused_apply_mla_rope_for_q,
+    )
+
+    def kernel_table(table: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = torch.cat((table, table), dim=-1).flatten(1, 2).unbind(0)
+        return cos, sin
+
+    width = rope_key_SBR.shape[-1]
+    shape, kv_shape = q_SBND.shape[:2], kv_SBNX.shape[:2]
+    if q_table.shape[2] > 1:
+        q_SBND, kv_SBNX = q_SBND.flatten(0, 1).unsqueeze(1), kv_SBNX.flatten(0, 1).unsqueeze(1)
+        rope_key_SBR = rope_key_SBR.flatten(0, 1).unsqueeze(1)
+    q = fused_apply_mla_rope_for_q(
+        q_SBND.contiguous(), *kernel_table(q_table), q_SBND.shape[-1] - width, width
+    )
+    k, v = fused_apply_mla_rope_for_kv(
+        kv_SBNX.contiguous(),
+        rope_key_SBR.contiguous().unsqueeze(2),
+        *kernel_table(k_table),
+        width,
+        kv_SBNX.shape[-1] - value_width,
+        value_width,
+    )
+    return q.view(*shape, *q.shape[2:]), k.view(*kv_shape, *k.shape[2:]), v.view(*kv_shape, *v.shape[2:])
+
+
 def rotate(x_SBNR: Tensor, table: Tensor) -> Tensor:
     """Rotate the interleaved pairs (0,1), (2,3), ... of each head [S, B, N, R].
 

@@ -93,7 +93,8 @@ class GroupedTEExperts(Experts):
         if self.pad is not None:
             tokens_TH, rows = self.pad(tokens_TH, counts)
             gates_T = self.pad(gates_T.unsqueeze(-1), counts)[0].squeeze(-1)
-        hidden_TI = swiglu(self.linear_fc1(tokens_TH, rows)[0], gates_T)
+        gate_up = self.linear_fc1(tokens_TH, rows)[0]
+        hidden_TI = swiglu(gate_up, gates_T, fused=self.config.bias_activation_fusion)
         output_TH = self.linear_fc2(hidden_TI, rows)[0]
         return output_TH if self.unpad is None else self.unpad(output_TH, counts), None
 

@@ -8,7 +8,7 @@ On CUDA, attention is torch's fused kernel, which keeps its output and the value
 the CPU it is `model/functional.py`, which keeps contiguous queries, keys and values, and with a mask torch's
 unfused one, unless queries and values have the same width. With
 `gradient_checkpointing` "selective" Transformer Engine lets norms be recomputed too; a CUDA run is taken
-to have it.
+to have it, and the fused kernels of `mcore/fusions.py`.
 
 `use_fp8` is counted as DeepSeek-V3 describes it (section 3.3.3): inputs of FFN products and of SwiGLU are
 kept in FP8 with an FP32 scale per 128 numbers, and SwiGLU's output is computed again.
@@ -23,6 +23,7 @@ from itertools import accumulate
 
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
+from megads.config.validate_kernels import fused_rope_fits
 
 Parts = Counter[str]
 """Bytes by part: `attention`, `ffn`, `dispatch` (routing and routed tokens), `mtp`, `logits`."""
@@ -147,6 +148,8 @@ class SavedActivations:
         queries_and_keys = (self.tokens + self.keys) * heads * query
         # Keys and values are views of one projection.
         shared = self.keys * heads * (shape.qk_nope_head_dim + value)
+        if resolved.device == "cuda" and fused_rope_fits(self.config):
+            shared = self.keys * heads * value  # values alone: keys are copied from the projection
         context = self.tokens * heads * value  # the input of the output projection
         if resolved.device == "cpu" and not self._masked:
             values = self.keys * heads * value  # a copy, which recomputation does not discard
@@ -235,8 +238,14 @@ class SavedActivations:
             gathered = self.tokens * self.config.model.mla.d_model * self.element_bytes
             return depths * (gathered + self.tokens * (8 + 1 + 2 * 4))
         labels = self.tokens * (8 + 4)
-        softmax = self.tokens * self.config.model.vocab_size // tp * 4
+        softmax = self.tokens * self.config.model.vocab_size // tp * (2 if self._fused_loss else 4)
         return depths * (self.hidden_bytes + softmax + labels)
+
+    @cached_property
+    def _fused_loss(self) -> bool:
+        """Whether whole logits stay in 16 bits, where their gradient is made in place: Transformer Engine."""
+        native = self.config.model.backend == "native"
+        return self.resolved.device == "cuda" and self.resolved.precision == "bf16" and not native
 
     def _mtp_module(self) -> int:
         """Token ids, two norms, the projection of both, a layer, the last norm (DeepSeek-V3, eq. 21-23)."""
@@ -287,6 +296,6 @@ class SavedActivations:
             self.config.training.loss_chunk_tokens,
         )
         if chunk is None:
-            return self.tokens * vocabulary * self.element_bytes
+            return 0 if self._fused_loss else self.tokens * vocabulary * self.element_bytes
         tokens = min(chunk, self.tokens * (1 + self.resolved.shape.mtp_depth))
         return tokens * vocabulary * (4 if self.element_bytes == 4 else 4 + self.element_bytes)
