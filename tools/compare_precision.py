@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))  # so that it runs from a checkout that is not ins
 
 from megads.command_line import run_tool  # noqa: E402
 from megads.errors import DataError, EnvironmentSetupError, TrainingError  # noqa: E402
-from megads.launch.commands import one_process, several_processes  # noqa: E402
 
 PAPERS_BOUND_PERCENT = 0.25
 PRECISIONS = {
@@ -136,10 +135,9 @@ def train(own: argparse.Namespace, name: str, precision: str, flags: list[str]) 
         "training.save_interval": "0",
         "checkpointing.load": "null",
     }
-    all_flags = ["--config", str(own.config), *flags]
-    all_flags += [word for setting, value in settings.items() for word in (f"--{setting}", value)]
-    single = own.processes == 1
-    command = one_process(all_flags) if single else several_processes(own.processes, all_flags)
+    command = [sys.executable, str(ROOT / "tools" / "run_training.py"), "--config", str(own.config)]
+    command += ["--gpus", str(own.processes), *flags]
+    command += [word for setting, value in settings.items() for word in (f"--{setting}", value)]
     print(f"{name}: {precision}, {output}", flush=True)
     log = own.output / f"{name}.log"
     with log.open("w", encoding="utf-8") as file:
@@ -163,7 +161,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
     add("--a", choices=PRECISIONS, default="bf16", help="what is compared with (default: %(default)s)")
     add("--b", choices=PRECISIONS, default="fp8", help="what is compared (default: %(default)s)")
     add("--b-set", action="append", default=[], metavar="NAME=VALUE", help="a setting of b alone; repeatable")
-    add("--processes", type=int, default=1, help="on this machine (default: %(default)s)")
+    add("--processes", type=int, default=1, help="of a run, on this machine (default: %(default)s)")
     add("--decay", type=float, default=0.9, help="of the smoothing average (default: %(default)s)")
     add("--max-difference", type=float, metavar="PERCENT", help="exit with 1 above it")
     add("--output", type=Path, default=Path("outputs/compare_precision"), help="default: %(default)s")
