@@ -20,20 +20,16 @@ pretrain_megads.py changes the slice for all contenders. On a CPU only the bench
 """
 
 import argparse
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from gpu_training.contenders import CONTENDERS
 from gpu_training.figure import draw
+from gpu_training.processes import run_variant
 from gpu_training.shapes import PRECISIONS, SHAPES, Overrides
 from gpu_training.summary import Row, Variant, as_markdown, claim_rows, speed_rows, time_rows
 from gpu_training.variant import Job, Measured
@@ -44,8 +40,6 @@ from megads.command_line import run_tool
 from megads.config.flags import parse_flags
 from megads.errors import EnvironmentSetupError
 
-BENCHMARKS = Path(__file__).resolve().parent
-SHOWN_LINES = 3
 LEAST_SECONDS = 30
 """Below which no variant is begun."""
 
@@ -84,7 +78,7 @@ class Session:
             variant.shape, variant.contender, variant.precision, options.device, options.steps,
             options.micro_batches, number == 0, self.changes,
         )  # fmt: skip
-        found = run_process(job, limit, self.output / "log.txt")
+        found = run_variant(job, limit, self.output / "log.txt")
         if "problem" in found:
             return replace(variant, problem=found["problem"])
         return replace(variant, rounds=[*variant.rounds, Measured(**found)])
@@ -101,42 +95,6 @@ class Session:
         (self.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         tables = [as_markdown(list(rows)) for rows in tables_of(variants, self.options.device).values()]
         (self.output / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
-
-
-def run_process(job: Job, limit_seconds: float, log: Path) -> dict[str, Any]:
-    """What one process measured, or its problem; nothing of it is left when this returns."""
-    paths = [str(BENCHMARKS.parent), str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpu_training.variant", json.dumps(asdict(job))],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    ended = True
-    try:
-        said, _ = process.communicate(timeout=limit_seconds)
-    except subprocess.TimeoutExpired:
-        ended = False
-    finally:
-        _kill_group(process)
-    if not ended:
-        said, _ = process.communicate()
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"=== {job}\n{said}\n")
-    lines = said.strip().splitlines()
-    if not ended:
-        return {"problem": f"stopped after {limit_seconds:.0f} s (--variant-seconds)"}
-    if process.returncode != 0 or not lines:
-        return {"problem": f"exit code {process.returncode}: {' / '.join(lines[-SHOWN_LINES:])[-300:]}"}
-    return dict(json.loads(lines[-1]))
-
-
-def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """The process and the workers that it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def tables_of(variants: list[Variant], device: str) -> dict[str, list[Row]]:

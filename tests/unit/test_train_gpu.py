@@ -17,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import train_gpu  # noqa: E402
 from gpu_training import kernels, stopwatch, summary  # noqa: E402
 from gpu_training.contenders import Contender  # noqa: E402
+from gpu_training.processes import run_variant  # noqa: E402
 from gpu_training.shapes import (  # noqa: E402
     FP8_COPIES_BYTES,
     SHAPES,
@@ -223,14 +224,14 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
         script = tmp_path / "program"
         script.write_text(f"#!{sys.executable}\n{text}")
         script.chmod(0o755)
-        monkeypatch.setattr(train_gpu.sys, "executable", str(script))
+        monkeypatch.setattr(sys, "executable", str(script))
 
     return put
 
 
 def test_a_process_that_fails_is_reported_with_its_last_words(program: Any, tmp_path: Path) -> None:
     program("print('building'); raise ValueError('no such kernel')")
-    found = train_gpu.run_process(JOB, 60, tmp_path / "log.txt")
+    found = run_variant(JOB, 60, tmp_path / "log.txt")
     assert found["problem"].startswith("exit code 1")
     assert "no such kernel" in found["problem"]
     assert "building" in (tmp_path / "log.txt").read_text()
@@ -239,13 +240,13 @@ def test_a_process_that_fails_is_reported_with_its_last_words(program: Any, tmp_
 def test_a_process_that_hangs_is_stopped_with_all_that_it_started(program: Any, tmp_path: Path) -> None:
     # Its child holds the same pipe: the call returns only when that is gone too.
     program("import subprocess\nprint('begun', flush=True)\nsubprocess.run(['sleep', '600'])")
-    found = train_gpu.run_process(JOB, 3, tmp_path / "log.txt")
-    assert found["problem"] == "stopped after 3 s (--variant-seconds)"
+    found = run_variant(JOB, 3, tmp_path / "log.txt")
+    assert found["problem"] == "stopped after 3 s"
 
 
 def test_the_last_line_is_the_result(program: Any, tmp_path: Path) -> None:
     program("print('a warning'); print('{\"problem\": \"refused\"}')")
-    assert train_gpu.run_process(JOB, 60, tmp_path / "log.txt") == {"problem": "refused"}
+    assert run_variant(JOB, 60, tmp_path / "log.txt") == {"problem": "refused"}
 
 
 # --- what becomes of it -----------------------------------------------------------------------
