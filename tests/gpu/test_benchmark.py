@@ -23,7 +23,8 @@ def test_every_contender_is_measured_or_says_why_not(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/train_gpu.py", "--shape", "tiny", "--device", "cuda"]
     command += ["--rounds", "1", "--steps", "3", "--micro-batches", "2", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560)
-    assert done.returncode == 0, done.stdout + done.stderr
+    # MegaDS itself has no FP8 without Transformer Engine.
+    assert done.returncode == (1 if transformer_engine_problem() else 0), done.stdout + done.stderr
     variants = {
         (one["precision"], one["contender"]): one
         for one in json.loads((tmp_path / "results.json").read_text())["variants"]
