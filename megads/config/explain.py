@@ -120,7 +120,9 @@ def _reason(problem: Any, leaf: Leaf | None) -> str:
         choices = leaf.choices if leaf else ()
         close = get_close_matches(str(given), [str(choice) for choice in choices], 1)
         hint = f"; did you mean {json.dumps(close[0])}?" if close else ""
-        return f"must be {expected_value(leaf) if leaf else problem['ctx']['expected']}, got {shown}{hint}"
+        of_list = isinstance(problem["loc"][-1], int)  # an entry, of which the leaf does not know
+        wanted = problem["ctx"]["expected"] if leaf is None or of_list else expected_value(leaf)
+        return f"must be {wanted}, got {shown}{hint}"
     if kind == "int_from_float":
         return f"must be a whole number, got {shown}"
     entry = _ENTRIES.get(kind.partition("_")[0])

@@ -379,6 +379,9 @@ class FP8(Section):
     )
 
 
+RecomputeModule = Literal["mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts", "moe"]
+
+
 class Training(Section):
     """Batches, length of the run, optimizer, schedules, precision, objective."""
 
@@ -483,7 +486,15 @@ class Training(Section):
         (), "the weight over the run", source=f"{V3}, section 4.2: 0.3 to 10T tokens, then 0.1"
     )
     gradient_checkpointing: Literal[False, True, "full", "selective"] = setting(
-        False, "recompute activations: full (each layer), selective (MLA up-projections and norms)"
+        False, "recompute activations: full (each layer), selective (recompute_modules)"
+    )
+    recompute_modules: tuple[RecomputeModule, ...] = setting(
+        ("mla_up_proj", "layernorm"),
+        "what selective recomputes: mla_up_proj (with RoPE), layernorm (before attention and FFN; with "
+        "Transformer Engine only), moe_act (the routed experts' SwiGLU), mlp (dense FFNs), shared_experts, "
+        "moe (whole MoE layers, their exchange of tokens included)",
+        source=f"{V3}, section 3.2.3: mla_up_proj, layernorm; 3.3.3: moe_act",
+        flags=("--recompute-modules",),
     )
     loss_chunk_tokens: int | None = setting(
         None,

@@ -14,6 +14,7 @@ from megads.config import (
     validate_layout,
     validate_model,
     validate_precision,
+    validate_recompute,
     validate_schedules,
 )
 from megads.config.deepspeed import deepspeed_problems
@@ -50,6 +51,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from _checkpointing(config)
     yield from _budget(config.budget)
     yield from validate_kernels.kernel_problems(config, cuda)
+    yield from validate_recompute.recompute_problems(config)
     yield from not_yet(config, cuda)
     yield from missing_packages(config)
     yield from deepspeed_problems(config, validate_layout.accumulation_steps(config, world_size))[0]
@@ -80,6 +82,8 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
             ["training.num_predict_tokens", "training.mtp_loss_weight", "training.mtp_loss_weight_phases"],
             "training.use_mtp is false",
         )
+    if training.gradient_checkpointing != "selective":
+        yield ["training.recompute_modules"], "gradient_checkpointing is not selective"
     if style != "multistep":
         yield ["training.lr_multistep"], f"lr_decay_style is {style}"
     if style != "wsd":

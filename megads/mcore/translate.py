@@ -41,7 +41,10 @@ def _recompute(config: Config) -> dict[str, Any]:
         case _:
             return {
                 "recompute_granularity": "selective",
-                "recompute_modules": ["layernorm", "mla_up_proj"],
+                # Megatron-Core leaves moe_act to the experts, which are ours.
+                "recompute_modules": [
+                    module for module in config.training.recompute_modules if module != "moe_act"
+                ],
             }
 
 

@@ -6,12 +6,15 @@ Shapes: T dispatched tokens sorted by expert, E local experts, H hidden, I exper
 part under expert tensor parallelism).
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -23,14 +26,20 @@ class Experts(MegatronModule):
     """The routed experts of a rank, however they are computed.
 
     In a checkpoint they are `weight1` [E, 2, I, H] (gate, up) and `weight2` [E, H, I] over all ranks;
-    `expert_shapes` has this rank's part of one expert of each.
+    `expert_shapes` has this rank's part of one expert of each. With `recompute_activation` SwiGLU's output is
+    not kept but computed again in backward (DeepSeek-V3, section 3.3.3).
     """
 
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        recompute_activation: bool = False,
     ) -> None:
         super().__init__(config)
         self.groups = pg_collection
+        self.recompute_activation = recompute_activation
         self.num_local_experts = num_local_experts
         width, hidden = config.moe_ffn_hidden_size // pg_collection.expt_tp.size(), config.hidden_size
         self.expert_shapes = {"weight1": (2, width, hidden), "weight2": (hidden, width)}
@@ -38,6 +47,18 @@ class Experts(MegatronModule):
     def expert_weights(self, name: str) -> list[Tensor]:
         """`weight1` or `weight2` of each of this rank's experts, in order, to be filled in place."""
         raise NotImplementedError
+
+    def activate_and_project(
+        self, gate_up_TX: Tensor, gates_T: Tensor, project: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """`project` of the gated SwiGLU of [gate | up] [T, 2 I]: expert outputs [T, H]."""
+        activate = partial(swiglu, fused=self.config.bias_activation_fusion)
+        if not (self.recompute_activation and self.training):
+            return project(activate(gate_up_TX, gates_T))
+        checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8)
+        output_TH = project(checkpoint.checkpoint(activate, gate_up_TX, gates_T))
+        checkpoint.discard_output_and_register_recompute(output_TH)
+        return output_TH
 
     def mark_as_experts(self) -> None:
         """Have gradients reduced over the expert data-parallel group, whose size follows from EP and ETP.
@@ -57,9 +78,10 @@ class GroupedExperts(Experts):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
+        recompute_activation: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__(num_local_experts, config, pg_collection)
+        super().__init__(num_local_experts, config, pg_collection, recompute_activation)
         for weight, shape in self.expert_shapes.items():
             empty = torch.empty(num_local_experts, *shape, dtype=config.params_dtype)
             self.register_parameter(weight, torch.nn.Parameter(empty))
@@ -75,9 +97,9 @@ class GroupedExperts(Experts):
             # their gradient travels back through an all-to-all that the other ranks are waiting in.
             return tokens_TH + 0.0 * (self.weight1.sum() + self.weight2.sum() + gates_T.sum()), None
         ends = tokens_per_expert.to(tokens_TH.device).cumsum(0).to(torch.int32)
-        gate_up = self.product("weight1", tokens_TH, self.weight1.flatten(1, 2), ends)
-        hidden_TI = swiglu(gate_up, gates_T, fused=self.config.bias_activation_fusion)
-        return self.product("weight2", hidden_TI, self.weight2, ends), None
+        gate_up_TX = self.product("weight1", tokens_TH, self.weight1.flatten(1, 2), ends)
+        project = partial(self.product, "weight2", weight_EOI=self.weight2, ends_E=ends)
+        return self.activate_and_project(gate_up_TX, gates_T, project), None
 
     def product(self, name: str, x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert's rows of x times its weight, which is (part of) the parameter `name`: [T, O]."""

@@ -69,9 +69,9 @@ class SharedExperts(SharedExpertMLP):
         return self.linear_fc2(swiglu(gate_up, fused=self.config.bias_activation_fusion))[0]
 
 
-def _build_moe_layer(moe: MoE, backend: Backend, **kwargs: Any) -> MoELayer:
+def _build_moe_layer(moe: MoE, backend: Backend, recompute_activation: bool, **kwargs: Any) -> MoELayer:
     submodules = MoESubmodules(
-        experts=backend.experts,
+        experts=partial(backend.experts, recompute_activation=recompute_activation),
         router=partial(Router, moe=moe),
         shared_experts=partial(
             SharedExperts,
@@ -89,7 +89,14 @@ def layer_spec(config: Config, backend: Backend, is_moe: bool) -> ModuleSpec:
     """One pre-norm layer: norm, MLA, residual; norm, FFN or experts, residual."""
     mlp: Callable[..., torch.nn.Module]
     if is_moe:
-        mlp = partial(_build_moe_layer, moe=config.model.moe, backend=backend)
+        training = config.training
+        mlp = partial(
+            _build_moe_layer,
+            moe=config.model.moe,
+            backend=backend,
+            recompute_activation=training.gradient_checkpointing == "selective"
+            and "moe_act" in training.recompute_modules,
+        )
     else:
         mlp = partial(
             FeedForward.as_mlp_submodule,

@@ -124,6 +124,19 @@ class MultiLatentAttention(MegatronModule):
             tp_group=self.tp_group,
         )
 
+    def set_for_recompute_input_layernorm(self) -> None:
+        """Called where the norm before attention is recomputed in FP8: what is kept of it must be its output.
+
+        Else the linears would keep their own copies in FP8, beside which recomputation saves nothing.
+        """
+        from megatron.core.extensions.transformer_engine import set_save_original_input
+
+        if self.config.q_lora_rank is None:
+            set_save_original_input(self.linear_q_proj)
+        else:
+            set_save_original_input(self.linear_q_down_proj)
+        set_save_original_input(self.linear_kv_down_proj)
+
     def _gather_rope_key(self, key_SBR: Tensor) -> Tensor:
         """The shared rotary key of the whole sequence; all heads' gradients are summed into it."""
         key_SBR = gather_sequence(key_SBR, self.cp_group)

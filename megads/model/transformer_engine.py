@@ -22,6 +22,7 @@ from megatron.core.extensions.transformer_engine import (
     TENorm,
     TERowParallelGroupedLinear,
     TERowParallelLinear,
+    set_save_original_input,
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -29,7 +30,6 @@ from torch import Tensor
 from transformer_engine.pytorch.tensor import QuantizedTensor
 
 from megads.model.experts import Experts
-from megads.model.functional import swiglu
 
 __all__ = [
     "GroupedTEExperts",
@@ -64,9 +64,10 @@ class GroupedTEExperts(Experts):
         num_local_experts: int,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
+        recompute_activation: bool = False,
         name: str | None = None,
     ) -> None:
-        super().__init__(num_local_experts, config, pg_collection)
+        super().__init__(num_local_experts, config, pg_collection, recompute_activation)
         common = {
             "config": config,
             "init_method": config.init_method,
@@ -79,6 +80,8 @@ class GroupedTEExperts(Experts):
         self.linear_fc1 = TEColumnParallelGroupedLinear(num_local_experts, hidden, 2 * width, **common)
         self.linear_fc2 = TERowParallelGroupedLinear(num_local_experts, width, hidden, **common)
         self.mark_as_experts()
+        if config.fp8 and recompute_activation:
+            set_save_original_input(self.linear_fc2)  # else it would keep its own, in FP8
         # FP8 products want a multiple of 16 or 32 rows for each expert.
         self.pad = Fp8Padding(num_local_experts) if config.fp8 else None
         self.unpad = Fp8Unpadding(num_local_experts) if config.fp8 else None
@@ -93,9 +96,10 @@ class GroupedTEExperts(Experts):
         if self.pad is not None:
             tokens_TH, rows = self.pad(tokens_TH, counts)
             gates_T = self.pad(gates_T.unsqueeze(-1), counts)[0].squeeze(-1)
-        gate_up = self.linear_fc1(tokens_TH, rows)[0]
-        hidden_TI = swiglu(gate_up, gates_T, fused=self.config.bias_activation_fusion)
-        output_TH = self.linear_fc2(hidden_TI, rows)[0]
+        gate_up_TX = self.linear_fc1(tokens_TH, rows)[0]
+        output_TH = self.activate_and_project(
+            gate_up_TX, gates_T, lambda hidden_TI: self.linear_fc2(hidden_TI, rows)[0]
+        )
         return output_TH if self.unpad is None else self.unpad(output_TH, counts), None
 
     def backward_dw(self) -> None:

@@ -10,8 +10,8 @@ unfused one, unless queries and values have the same width. With
 `gradient_checkpointing` "selective" Transformer Engine lets norms be recomputed too; a CUDA run is taken
 to have it, and the fused kernels of `mcore/fusions.py`.
 
-`use_fp8` is counted as DeepSeek-V3 describes it (section 3.3.3): inputs of FFN products and of SwiGLU are
-kept in FP8 with an FP32 scale per 128 numbers, and SwiGLU's output is computed again.
+With `use_fp8` inputs of FFN products are kept in FP8 with an FP32 scale per 128 numbers (DeepSeek-V3, section
+3.3.3). Inputs of SwiGLU, which V3 has in FP8 too, are in BF16 here.
 
 Letters: T tokens of a rank, K keys, b bytes of an activation.
 """
@@ -22,7 +22,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from megads.config.resolve import Resolved
-from megads.config.schema import Config
+from megads.config.schema import Config, RecomputeModule
 from megads.config.validate_kernels import fused_rope_fits
 
 Parts = Counter[str]
@@ -80,6 +80,14 @@ class SavedActivations:
         return "full" if setting is True else setting or "none"
 
     @cached_property
+    def recomputed_modules(self) -> frozenset[RecomputeModule]:
+        """What "selective" does not keep, as `training.recompute_modules` names it."""
+        modules = set(self.config.training.recompute_modules if self.recompute == "selective" else ())
+        if self.resolved.device != "cuda":
+            modules.discard("layernorm")
+        return frozenset(modules)
+
+    @cached_property
     def hidden_bytes(self) -> int:
         """One hidden state of all tokens of a rank."""
         return self.split_tokens * self.config.model.mla.d_model * self.element_bytes
@@ -104,8 +112,8 @@ class SavedActivations:
         """A dense layer and a MoE layer: the search asks for them very often."""
         if self.recompute == "full":
             return Parts(attention=self.hidden_bytes), Parts(attention=self.hidden_bytes)
-        discard = self.recompute == "selective"
-        return self._whole_layer(False, discard), self._whole_layer(True, discard)
+        modules = self.recomputed_modules
+        return self._whole_layer(False, modules), self._whole_layer(True, modules)
 
     def recomputed_bytes(self, is_moe: bool) -> int:
         """What recomputation brings back for one layer while backward is in it."""
@@ -117,16 +125,18 @@ class SavedActivations:
 
     @cached_property
     def _whole_layers(self) -> tuple[int, int]:
-        dense, moe = self._whole_layer(False, False), self._whole_layer(True, False)
+        dense, moe = self._whole_layer(False, frozenset()), self._whole_layer(True, frozenset())
         return dense.total(), moe.total()
 
-    def _whole_layer(self, is_moe: bool, discard_projections: bool) -> Parts:
+    def _whole_layer(self, is_moe: bool, discarded: frozenset[RecomputeModule]) -> Parts:
         width = self.config.model.mla.d_model
-        parts = self._experts() if is_moe else self._dense(self.resolved.shape.intermediate_size)
+        parts = self._experts(discarded) if is_moe else Parts()
+        if not is_moe and "mlp" not in discarded:
+            parts += self._dense(self.resolved.shape.intermediate_size)
         parts["attention"] += self._norm(self.split_tokens, width, inputs=2)
         parts["attention"] += 2 * self._dropout(self.split_tokens * width, self.config.model.hidden_dropout)
-        parts["attention"] += self._latents() + self._attention(discard_projections)
-        if not (discard_projections and self.resolved.device == "cuda"):  # the two norms' outputs
+        parts["attention"] += self._latents() + self._attention("mla_up_proj" in discarded)
+        if "layernorm" not in discarded:  # the two norms' outputs
             parts["attention"] += self.hidden_bytes
             parts["ffn"] += self.hidden_bytes
         return parts
@@ -187,19 +197,25 @@ class SavedActivations:
         return self._pairs * copies * self.element_bytes if self._masked else 0
 
     def _dense(self, width: int) -> Parts:
-        """A SwiGLU FFN: gate and up, and their product."""
+        """A SwiGLU FFN that every token passes."""
         return Parts(ffn=self._swiglu(self.tokens, width // self.resolved.tp))
 
-    def _swiglu(self, tokens: int, width: int) -> int:
-        numbers = 2 if self.config.training.use_fp8 else 3
-        return round(tokens * numbers * width * self.product_bytes)
+    def _swiglu(self, tokens: int, width: int, *, keeps_output: bool = True) -> int:
+        """Gate and up, and their product, which is the input of the second linear."""
+        return round(tokens * width * (2 * self.element_bytes + keeps_output * self.product_bytes))
 
-    def _experts(self) -> Parts:
+    def _experts(self, discarded: frozenset[RecomputeModule]) -> Parts:
         moe, resolved, tokens = self.config.model.moe, self.resolved, self.split_tokens
+        dropped = self._dropout(tokens * self.config.model.mla.d_model, moe.dropout)
+        if "moe" in discarded:
+            return Parts(ffn=dropped)
         width = moe.expert_intermediate_size // resolved.etp
-        parts = self._dense(resolved.shape.shared_intermediate_size)
+        parts = Parts(ffn=dropped)
+        if "shared_experts" not in discarded:
+            parts += self._dense(resolved.shape.shared_intermediate_size)
         gates = self.routed_tokens * self.element_bytes
-        parts["ffn"] += self._swiglu(self.routed_tokens, width) + gates
+        swiglu = self._swiglu(self.routed_tokens, width, keeps_output="moe_act" not in discarded)
+        parts["ffn"] += swiglu + gates
         router = tokens * (4 * moe.num_experts + 8 * moe.num_experts_per_token)
         if moe.norm_topk_prob and moe.num_experts_per_token > 1:
             router += tokens * 4 * (moe.num_experts_per_token + 1)
@@ -213,7 +229,6 @@ class SavedActivations:
         permutation = tokens * 8 * (moe.num_experts + moe.num_experts_per_token)
         inputs = self.routed_tokens * self.config.model.mla.d_model * self.product_bytes
         parts["dispatch"] = router + permutation + round(inputs)
-        parts["ffn"] += self._dropout(tokens * self.config.model.mla.d_model, moe.dropout)
         return parts
 
     def ends(self, first: bool, last: bool) -> Parts:

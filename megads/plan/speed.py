@@ -182,7 +182,7 @@ class SpeedModel:
         saved, resolved = self.saved, self.resolved
         up = sum(self._product(*shape) for shape in self._up_projections())
         rest = sum(self._product(*shape) for shape in self._other_products(is_moe))
-        again = {"none": 0.0, "selective": up, "full": up + rest}[saved.recompute]
+        again = up + rest if saved.recompute == "full" else self._selectively_again(is_moe)
         scores = self.model.attention_flops_per_token * saved.tokens / resolved.tp
         passes = 4 if saved.recompute == "full" else 3
         attention = passes * scores / (self.gpu.bf16_flops_per_second * ATTENTION_EFFICIENCY)
@@ -195,6 +195,18 @@ class SpeedModel:
             expert_parallel=self._expert_parallel() * passes / 3 if is_moe else 0.0,
             context_parallel=self._context_parallel(),
         )
+
+    def _selectively_again(self, is_moe: bool) -> float:
+        """Seconds of the products in a layer that `training.recompute_modules` repeats."""
+        modules = self.saved.recomputed_modules
+        parts: list[Iterator[tuple[float, float, float, float]]] = []
+        if "mla_up_proj" in modules:
+            parts.append((*shape, 1) for shape in self._up_projections())
+        if ("mlp" if not is_moe else "moe") in modules:
+            parts.append(self._ffn_products(is_moe))
+        elif is_moe and "shared_experts" in modules:
+            parts.append(self._whole_ffn_products(self.resolved.shape.shared_intermediate_size))
+        return sum(self._product(*shape) for part in parts for shape in part)
 
     def _product(self, rows: float, inner: float, columns: float, count: float = 1) -> float:
         """Seconds of one [rows, inner] x [inner, columns] product, or of `count` such ones."""
@@ -218,15 +230,28 @@ class SpeedModel:
             yield saved.split_tokens, mla.d_model, mla.q_lora_rank, 1
         yield saved.split_tokens, mla.d_model, mla.d_latent + shape.qk_rope_head_dim, 1
         yield saved.tokens, mla.num_heads // tp * shape.v_head_dim, mla.d_model, 1
-        width = (shape.shared_intermediate_size if is_moe else shape.intermediate_size) // tp
-        yield saved.tokens, mla.d_model, 2 * width, 1
-        yield saved.tokens, width, mla.d_model, 1
-        if is_moe:
-            experts = config.model.moe.num_experts // resolved.ep
-            inner = config.model.moe.expert_intermediate_size // resolved.etp
-            rows = saved.routed_tokens / experts
-            yield rows, mla.d_model, 2 * inner, experts
-            yield rows, inner, mla.d_model, experts
+        yield from self._ffn_products(is_moe)
+
+    def _ffn_products(self, is_moe: bool) -> Iterator[tuple[float, float, float, float]]:
+        moe, resolved, width = self.config.model.moe, self.resolved, self.config.model.mla.d_model
+        if not is_moe:
+            yield from self._whole_ffn_products(resolved.shape.intermediate_size)
+            return
+        yield from self._whole_ffn_products(resolved.shape.shared_intermediate_size)
+        experts, inner = moe.num_experts // resolved.ep, moe.expert_intermediate_size // resolved.etp
+        rows = self.saved.routed_tokens / experts
+        yield rows, width, 2 * inner, experts
+        yield rows, inner, width, experts
+
+    def _whole_ffn_products(self, intermediate: int) -> Iterator[tuple[float, float, float, float]]:
+        """Of an FFN that every token passes, split over tensor parallelism."""
+        tokens, width, inner = (
+            self.saved.tokens,
+            self.config.model.mla.d_model,
+            intermediate // self.resolved.tp,
+        )
+        yield tokens, width, 2 * inner, 1
+        yield tokens, inner, width, 1
 
     def _memory_seconds(self, size_bytes: float) -> float:
         return size_bytes / (self.gpu.memory_bytes_per_second * MEMORY_EFFICIENCY)

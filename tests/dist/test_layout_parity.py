@@ -118,6 +118,16 @@ def test_layernorm_window_entropy_and_z_loss(layout: str) -> None:
     assert_same_run(layout, VARIANTS)
 
 
+@pytest.mark.parametrize(
+    "modules",
+    [["mla_up_proj", "layernorm"], ["moe_act", "mlp", "shared_experts"], ["mla_up_proj", "mlp", "moe"]],
+)
+@pytest.mark.parametrize("layout", ["single", "tp2-ep2"])
+def test_what_is_recomputed_changes_nothing(layout: str, modules: list[str]) -> None:
+    recompute = {"training.gradient_checkpointing": "selective", "training.recompute_modules": modules}
+    assert_same_run(layout, {}, only_here=recompute)
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 def test_dense_model(layout: str) -> None:
     assert_same_run(layout, DENSE)

@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
     "distributed.overlap_grad_reduce": False,
     "distributed.overlap_param_gather": False,
 }
-RECOMPUTE = "training.gradient_checkpointing"
+RECOMPUTE, MODULES = "training.gradient_checkpointing", "training.recompute_modules"
 UNLIKE_DEEPSEEK = {
     "model.norm_type": "layernorm",
     "model.mla.q_lora_rank": None,
@@ -175,6 +175,8 @@ def test_every_layout(layout: str) -> None:
     [
         {RECOMPUTE: "full"},
         {RECOMPUTE: "selective"},
+        {RECOMPUTE: "selective", MODULES: ["moe_act", "mlp", "shared_experts"]},
+        {RECOMPUTE: "selective", MODULES: ["moe"]},
         {RECOMPUTE: "selective", "model.mla.sliding_window": 7},
         {RECOMPUTE: "selective", "model.mla.sliding_window": 7, "model.mla.v_head_dim": 20},
         {"training.micro_batch_size": 4},
@@ -187,6 +189,8 @@ def test_every_layout(layout: str) -> None:
     ids=[
         "full",
         "selective",
+        "selective-parts",
+        "selective-moe",
         "selective-window",
         "selective-window-fused",
         "micro-batch",
