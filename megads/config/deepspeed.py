@@ -19,6 +19,7 @@ from megads.config.tree import leaf_by_path
 from megads.errors import ConfigError
 
 BLOCK = "distributed.deepspeed"
+_FP32_EXPONENTS = 128  # of powers of two that FP32 holds, from 1 on
 
 # DeepSpeed's keys that only tune its buffers and communication.
 _TUNING = {
@@ -73,7 +74,7 @@ def translated(block: Any) -> dict[str, tuple[Any, str]]:
             found["training.adam_beta1"], found["training.adam_beta2"] = ((v, origin) for v in value)
         elif key == "zero_optimization.offload_optimizer.device":
             found[path] = (value != "none", origin)
-        elif key == "fp16.initial_scale_power" and isinstance(value, int):
+        elif key == "fp16.initial_scale_power" and isinstance(value, int) and 0 <= value < _FP32_EXPONENTS:
             found["training.fp16.initial_loss_scale"] = (2.0**value, origin)
         elif key == "fp16.loss_scale" and value == 0:
             found[path] = (None, origin)

@@ -40,6 +40,8 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
         logger.info("%s", fp8.describe())
         if fp8.emulated:
             backend = emulated_backend(backend, config.training.fp8, fp8.recipe)
+            if config.training.fp8.param_gather:
+                logger.warning("training.fp8.param_gather has no effect: FP8 is emulated")
     transformer = transformer_config(config, resolved)
     chunks: list[torch.nn.Module] = []
     for chunk in range(resolved.vpp or 1):

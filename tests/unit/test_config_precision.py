@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from megads.config.deepspeed import translated
+from megads.config.deepspeed import deepspeed_problems, translated
 from megads.config.loader import load_config
 from megads.config.schema import Config
 from megads.config.validate import notes
@@ -113,3 +113,12 @@ def test_deepspeeds_loss_scaling_is_ours() -> None:
         "training.fp16.initial_loss_scale": 4096.0, "training.fp16.loss_scale_window": 500,
         "training.fp16.hysteresis": 4, "training.fp16.min_loss_scale": 2,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("power", [5000, -1, 12.5, "many"])
+def test_a_power_that_no_scale_has_is_a_mistake_and_not_a_crash(power: object) -> None:
+    block = {"enabled": True, "fp16": {"enabled": True, "initial_scale_power": power}}
+    assert "training.fp16.initial_loss_scale" not in translated(block)
+    asked = config({"distributed.deepspeed.enabled": True, "distributed.deepspeed.fp16": block["fp16"]})
+    problems, _ = deepspeed_problems(asked, None)
+    assert any("initial_scale_power" in problem for problem in problems)
