@@ -18,6 +18,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "megatron-core==0.19.2",
+        "einops",  # megatron-core's Megatron-FSDP needs it and does not say so
         "psutil",  # megatron-core's checkpointing needs it and does not say so
         "numpy",
         "pydantic>=2",

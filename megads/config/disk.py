@@ -7,8 +7,8 @@ from megads.config.schema import Config
 def checkpoint_bytes(config: Config, precision: str) -> int:
     """About what a checkpoint of a run in `precision` takes: weights, and with the optimizer its moments.
 
-    With them goes an FP32 copy of the weights; the distributed optimizer (`zero_stage` 1) saves one also
-    where the weights are FP32 themselves. Not counted: metadata, about 100 bytes per tensor and rank.
+    With them goes an FP32 copy of the weights; the sharded optimizer (`zero_stage` 1 to 3) saves one
+    also where the weights are FP32 themselves. Not counted: metadata, about 100 bytes per tensor and rank.
     """
     per_parameter = 4 if precision == "fp32" else 2
     if config.checkpointing.save_optimizer:

@@ -40,21 +40,33 @@ def stage_memory(
     """Weights in the run's precision, gradients in FP32 (as Megatron-Core accumulates them), and state.
 
     Adam keeps two moments in the types that are set, SGD one in FP32; below FP32 an FP32 copy of the weights
-    is kept with them. The distributed optimizer (`zero_stage` 1) splits state over the ranks that hold the
-    same weights. `counts` are the model's parameters, for callers that ask often.
+    is kept with them. The ranks that would hold the same split state with `zero_stage` 1, gradients too with
+    2, weights too with 3. With 3 what is no layer (embedding, head, MTP's projections, norms) stays gathered
+    beside its parts. `counts` are the model's parameters, for callers that ask often.
     """
-    dense, expert = _parameters(config, resolved, stage, counts or count_parameters(config))
+    counts = counts or count_parameters(config)
+    dense, expert = _parameters(config, resolved, stage, counts)
     weight_bytes = 4 if resolved.precision == "fp32" else 2
     state_bytes = _moment_bytes(config) + (4 if weight_bytes == 2 else 0)
-    sharded = config.distributed.zero_stage == 1
-    dense_ranks, expert_ranks = (resolved.dp * resolved.cp, resolved.edp) if sharded else (1, 1)
+    zero = config.distributed.zero_stage
+    whole, part = dense + expert, dense // (resolved.dp * resolved.cp) + expert // resolved.edp
+    gathered = _outside_layers(resolved, stage, counts, tied=config.model.tie_word_embeddings)
     return StageMemory(
         stage=stage,
-        parameters=dense + expert,
+        parameters=whole,
         expert_parameters=expert,
-        weights_bytes=weight_bytes * (dense + expert),
-        gradients_bytes=4 * (dense + expert),
-        optimizer_bytes=state_bytes * dense // dense_ranks + state_bytes * expert // expert_ranks,
+        weights_bytes=weight_bytes * (part + gathered if zero == 3 else whole),
+        gradients_bytes=4 * (part if zero >= 2 else whole),
+        optimizer_bytes=state_bytes * (part if zero >= 1 else whole),
+    )
+
+
+def largest_layer(config: Config, resolved: Resolved) -> int:
+    """Parameters of one process in its largest transformer layer, whole over data parallelism."""
+    counts = count_parameters(config)
+    return max(
+        _dense(config, resolved, layer) + layer.experts // (resolved.ep * resolved.etp)
+        for layer in {*counts.layers, *counts.mtp_layers}
     )
 
 
@@ -78,17 +90,24 @@ def _parameters(config: Config, resolved: Resolved, stage: int, counts: Paramete
             layer, times = counts.layers[first + kinds.index(kind)], kinds.count(kind)
             dense += times * _dense(config, resolved, layer)
             expert += times * (layer.experts // (resolved.ep * resolved.etp))
-    is_first, is_last = stage == 0, stage == resolved.pp - 1
-    if is_first:
-        dense += counts.embedding // resolved.tp
-    if is_last:
-        dense += counts.head // resolved.tp + counts.final_norm + counts.mtp_projection // resolved.tp
-        dense += counts.mtp_norms + sum(_dense(config, resolved, layer) for layer in counts.mtp_layers)
+    if stage == resolved.pp - 1:
+        dense += sum(_dense(config, resolved, layer) for layer in counts.mtp_layers)
         expert += sum(layer.experts for layer in counts.mtp_layers) // (resolved.ep * resolved.etp)
+    return dense + _outside_layers(resolved, stage, counts, tied=config.model.tie_word_embeddings), expert
+
+
+def _outside_layers(resolved: Resolved, stage: int, counts: ParameterCounts, *, tied: bool) -> int:
+    """Parameters of one process of this pipeline rank in no transformer layer."""
+    is_first, parameters = stage == 0, 0
+    if is_first:
+        parameters += counts.embedding // resolved.tp
+    if stage == resolved.pp - 1:
+        parameters += counts.head // resolved.tp + counts.final_norm
+        parameters += counts.mtp_projection // resolved.tp + counts.mtp_norms
         # MTP embeds the next token, and a tied head is the embedding: both need a copy of the table.
-        if not is_first and (counts.mtp_layers or config.model.tie_word_embeddings):
-            dense += counts.embedding // resolved.tp
-    return dense, expert
+        if not is_first and (counts.mtp_layers or tied):
+            parameters += counts.embedding // resolved.tp
+    return parameters
 
 
 def _dense(config: Config, resolved: Resolved, layer: LayerParameters) -> int:

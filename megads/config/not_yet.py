@@ -18,13 +18,10 @@ def not_yet(config: Config, cuda: bool) -> Iterator[str]:
 
 def _missing_features(config: Config) -> Iterator[str]:
     mla, distributed = config.model.mla, config.distributed
-    stage = f"distributed.zero_stage = {distributed.zero_stage}"
     spread = "zero_stage = 1, which spreads it over the data-parallel ranks"
-    more_parallel = "zero_stage = 1 with more tensor, pipeline or expert parallelism"
     # (asked for, setting, what is missing, nearest thing that works)
     table = [
         (mla.use_fp8_kv, "model.mla.use_fp8_kv", "an FP8 latent cache", "false"),
-        (distributed.zero_stage >= 2, stage, "sharding of gradients and parameters", more_parallel),
         (distributed.zero_offload, "distributed.zero_offload", "optimizer state in host memory", spread),
     ]
     for asked, setting, what, nearest in table:

@@ -722,7 +722,10 @@ class Distributed(Section):
     )
     data_parallel_size: int = setting(-1, "model replicas; -1: world size / (TP x PP x CP)", ge=-1)
     zero_stage: Literal[0, 1, 2, 3] = setting(
-        1, "0: every rank keeps all optimizer state; 1: distributed optimizer; 2, 3: not yet"
+        1,
+        "what data parallelism divides: 0: nothing; 1: optimizer state; 2: gradients too; 3: weights too "
+        "(2, 3: Megatron-FSDP)",
+        source="arXiv:1910.02054",
     )
     zero_offload: bool = setting(False, "optimizer state in host memory (CUDA only)")
     overlap_grad_reduce: bool = setting(

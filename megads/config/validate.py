@@ -16,6 +16,7 @@ from megads.config import (
     validate_precision,
     validate_recompute,
     validate_schedules,
+    validate_zero,
 )
 from megads.config.deepspeed import deepspeed_problems
 from megads.config.not_yet import missing_packages, not_yet
@@ -50,6 +51,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from _data(config)
     yield from _checkpointing(config)
     yield from _budget(config.budget)
+    yield from validate_zero.zero_problems(config)
     yield from validate_kernels.kernel_problems(config, cuda)
     yield from validate_recompute.recompute_problems(config)
     yield from not_yet(config, cuda)

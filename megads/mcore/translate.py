@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.utils import init_method_normal
 
+from megads.config.memory import largest_layer
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.backend import choose_backend
@@ -16,6 +17,7 @@ from megads.mcore.fusions import choose_fusions
 from megads.mcore.precision import gathers_fp8_parameters, optimizer_precision, transformer_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SHARDED = {2: "optim_grads", 3: "optim_grads_params"}  # by zero_stage, in Megatron-FSDP's words
 
 
 def pipeline_layout(resolved: Resolved) -> list[list[str]] | None:
@@ -119,8 +121,9 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
         # Losses are sums over tokens; gradients are divided once by the tokens of the global batch,
         # so that masks and layouts do not change the weight of a token.
         calculate_per_token_loss=True,
-        # Transformer Engine's linears add weight gradients to the FP32 buffers of data parallelism.
-        gradient_accumulation_fusion=transformer_engine,
+        # Transformer Engine's linears add weight gradients to the FP32 buffers of data parallelism, which
+        # Megatron-FSDP makes anew for every backward pass.
+        gradient_accumulation_fusion=transformer_engine and config.distributed.zero_stage < 2,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,  # Megatron-Core's MLA has it for YaRN only; ours see model/rope.py
         bias_activation_fusion=fusions.swiglu,
@@ -134,15 +137,29 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
 
 def ddp_config(config: Config, resolved: Resolved) -> DistributedDataParallelConfig:
     """Gradient buckets, their reduction and the sharding of the optimizer."""
-    distributed = config.distributed
+    distributed, replicas = config.distributed, resolved.dp * resolved.cp
+    if distributed.zero_stage >= 2:
+        return DistributedDataParallelConfig(
+            use_megatron_fsdp=True,
+            use_distributed_optimizer=True,
+            data_parallel_sharding_strategy=_SHARDED[distributed.zero_stage],
+            overlap_grad_reduce=True,  # Megatron-FSDP knows no other way to these two
+            overlap_param_gather=distributed.zero_stage == 3 or distributed.overlap_param_gather,
+            average_in_collective=False,
+            bucket_size=max(40_000_000, 1_000_000 * replicas),  # DistributedDataParallel's own rule
+            # Parameters gathered ahead, or reduced behind: by default no less than 10^9.
+            suggested_communication_unit_size=2 * largest_layer(config, resolved),
+            megatron_fsdp_main_params_dtype=None if resolved.precision == "fp32" else torch.float32,
+            megatron_fsdp_main_grads_dtype=torch.float32,
+        )
     sharded = distributed.zero_stage == 1
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=distributed.overlap_grad_reduce and resolved.dp * resolved.cp > 1,
+        overlap_grad_reduce=distributed.overlap_grad_reduce and replicas > 1,
         overlap_param_gather=sharded
         and distributed.overlap_param_gather
         and distributed.overlap_grad_reduce
-        and resolved.dp * resolved.cp > 1,
+        and replicas > 1,
         use_distributed_optimizer=sharded,
         average_in_collective=False,
         fp8_param_gather=gathers_fp8_parameters(config, resolved),
@@ -170,7 +187,7 @@ def optimizer_config(config: Config, resolved: Resolved) -> OptimizerConfig:
         bf16=resolved.precision == "bf16",
         fp16=resolved.precision == "fp16",
         params_dtype=DTYPES[resolved.precision],
-        use_distributed_optimizer=config.distributed.zero_stage == 1,
+        use_distributed_optimizer=config.distributed.zero_stage >= 1,
         overlap_param_gather=ddp_config(config, resolved).overlap_param_gather,
         **optimizer_precision(config, resolved),
     )

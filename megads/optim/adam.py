@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor
 
 from megads.errors import EnvironmentSetupError
@@ -64,7 +65,8 @@ class Adam(torch.optim.Adam):
             state["step"] += 1
             step, limit = state["step"].item(), _BATCH_ELEMENTS[parameter.device.type]
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-            for pieces in zip(*(tensor.view(-1).split(limit) for tensor in tensors), strict=True):
+            local = [to_local_if_dtensor(tensor).view(-1) for tensor in tensors]  # DTensors: Megatron-FSDP's
+            for pieces in zip(*(tensor.split(limit) for tensor in local), strict=True):
                 if batch and (elements + len(pieces[0]) > limit or step != batch_step):
                     yield batch, batch_step
                     batch, elements = [], 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.utils import get_model_config
 
@@ -18,17 +18,22 @@ from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.translate import DTYPES, ddp_config, optimizer_config
 from megads.optim.adam import use_moments_of
+from megads.optim.fully_sharded import FullyShardedChunk
 from megads.optim.loss_scale import share_loss_scale
 
+type DataParallelChunk = DistributedDataParallel | FullyShardedChunk
 _TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def wrap_data_parallel(
     config: Config, resolved: Resolved, chunks: list[torch.nn.Module]
-) -> list[DistributedDataParallel]:
+) -> list[DataParallelChunk]:
     """The chunks with gradient buffers and their reduction over data parallelism."""
     ddp = ddp_config(config, resolved)
     transformer = get_model_config(chunks[0])
+    transformer.finalize_model_grads_func = finalize_model_grads
+    if ddp.use_megatron_fsdp:
+        return [FullyShardedChunk(transformer, ddp, chunk) for chunk in chunks]
     wrapped = [
         # Later virtual stages need no buckets: their reductions are not on the critical path.
         DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=index > 0)
@@ -37,7 +42,6 @@ def wrap_data_parallel(
     if resolved.device == "cpu":
         for chunk in chunks:
             _accumulate_in_buffers(chunk)
-    transformer.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
@@ -54,7 +58,7 @@ def _accumulate_in_buffers(chunk: torch.nn.Module) -> None:
             module.gradient_accumulation_fusion = True
 
 
-def release_data_parallel(chunks: list[DistributedDataParallel]) -> None:
+def release_data_parallel(chunks: list[DataParallelChunk]) -> None:
     """Free weights, gradients and what holds the optimizer; the chunks cannot be used any more.
 
     Their hooks on autograd's accumulation nodes refer to them, and they to the nodes: a circle through C++
@@ -63,6 +67,9 @@ def release_data_parallel(chunks: list[DistributedDataParallel]) -> None:
     for chunk in chunks:
         transformer = get_model_config(chunk.module)
         transformer.finalize_model_grads_func = transformer.no_sync_func = transformer.grad_scale_func = None
+        if isinstance(chunk, FullyShardedChunk):
+            chunk.release()
+            continue
         for held in (
             chunk.grad_accs, chunk.buffers, chunk.expert_parallel_buffers, chunk.bucket_groups,
             chunk.expert_parallel_bucket_groups, chunk.param_to_bucket_group,
@@ -72,17 +79,17 @@ def release_data_parallel(chunks: list[DistributedDataParallel]) -> None:
             parameter.data, parameter.grad, parameter.main_grad = parameter.data.new_empty(0), None, None
 
 
-def build_optimizer(
-    config: Config, resolved: Resolved, chunks: list[DistributedDataParallel]
-) -> MegatronOptimizer:
+def build_optimizer(config: Config, resolved: Resolved, chunks: list[DataParallelChunk]) -> MegatronOptimizer:
     """The optimizer of the wrapped chunks."""
     optimizer = get_megatron_optimizer(optimizer_config(config, resolved), chunks)
+    if not isinstance(optimizer, ChainedOptimizer):  # Megatron-FSDP's, which clips without `get_grad_norm`
+        optimizer = ChainedOptimizer([optimizer])
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     share_loss_scale(optimizer)
     _refuse_nonfinite_gradients(optimizer)
     moments = config.training.adam_exp_avg_dtype, config.training.adam_exp_avg_sq_dtype
     low_precision = config.training.optimizer != "sgd" and moments != ("fp32", "fp32")
-    for inner in _inner_optimizers(optimizer):
+    for inner in optimizer.chained_optimizers:
         if low_precision:
             use_moments_of(inner, *(DTYPES[dtype] for dtype in moments))
         elif isinstance(inner.optimizer, _TORCH_ADAM):
@@ -155,8 +162,8 @@ def allocate_optimizer_state(optimizer: MegatronOptimizer) -> None:
 
     Megatron-Core describes the state of torch's optimizers only once it exists.
     """
-    for inner in _inner_optimizers(optimizer):
-        if not isinstance(inner.optimizer, (*_TORCH_ADAM, torch.optim.SGD)) or inner.optimizer.state:
+    for inner in optimizer.chained_optimizers:
+        if inner.optimizer is None or inner.optimizer.state:
             continue
         inner.init_state_fn(inner.optimizer, inner.config)
         if isinstance(inner.optimizer, _TORCH_ADAM):
@@ -176,11 +183,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) ->
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)
-    for inner in _inner_optimizers(optimizer):
+    for inner in optimizer.chained_optimizers:
         for parameter in inner.optimizer.state.values():
             if isinstance(parameter.get("step"), torch.Tensor):
                 parameter["step"] = parameter["step"].clone()
-
-
-def _inner_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])

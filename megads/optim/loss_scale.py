@@ -39,7 +39,7 @@ class _Shared(MegatronGradScaler):  # type: ignore[misc]
 
 def share_loss_scale(optimizer: MegatronOptimizer) -> None:
     """Let all parts of `optimizer` use the first one's scaler, which follows what any of them finds."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer.chained_optimizers
     if getattr(parts[0], "grad_scaler", None) is None:
         return
     shared = _Shared(parts[0].grad_scaler)
@@ -58,7 +58,7 @@ def share_loss_scale(optimizer: MegatronOptimizer) -> None:
 
 def loss_scale(optimizer: MegatronOptimizer) -> float | None:
     """The factor on the loss of the next step; None without loss scaling."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer.chained_optimizers
     if getattr(parts[0], "grad_scaler", None) is None:
         return None
     return float(optimizer.get_loss_scale().item())
@@ -66,7 +66,7 @@ def loss_scale(optimizer: MegatronOptimizer) -> float | None:
 
 def loss_scale_can_fall(optimizer: MegatronOptimizer) -> bool:
     """Whether a further overflow would lower the loss scale: it is dynamic, and above its least value."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer.chained_optimizers
     shared = getattr(parts[0], "grad_scaler", None)
     scaler = shared.scaler if isinstance(shared, _Shared) else None
     return isinstance(scaler, DynamicGradScaler) and bool(torch.any(scaler.scale > scaler.min_scale))

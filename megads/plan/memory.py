@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from megads.config.flops import ParameterCounts, count_parameters
-from megads.config.memory import stage_memory
+from megads.config.memory import largest_layer, stage_memory
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.plan.activations import Parts, SavedActivations
@@ -137,4 +137,14 @@ def _workspace(saved: SavedActivations, stage: int) -> int:
     kinds = saved.kinds_of_stage(stage)
     layers = [saved.recomputed_bytes(is_moe) + saved.layer_gradients(is_moe) for is_moe in kinds]
     last = stage == saved.resolved.pp - 1
-    return max([*layers, saved.logit_gradients() if last else 0], default=0)
+    workspace = max([*layers, saved.logit_gradients() if last else 0], default=0)
+    return workspace + _fully_sharded_workspace(saved)
+
+
+def _fully_sharded_workspace(saved: SavedActivations) -> int:
+    """Whole layers of ZeRO-2 and ZeRO-3: gradients of three on their way, weights of two in use or next."""
+    zero, config = saved.config.distributed.zero_stage, saved.config
+    if zero < 2:
+        return 0
+    weight_bytes = 4 if saved.resolved.precision == "fp32" else 2
+    return largest_layer(config, saved.resolved) * (3 * 4 + (2 * weight_bytes if zero == 3 else 0))

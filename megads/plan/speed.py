@@ -300,15 +300,24 @@ class SpeedModel:
         communication = optimizer = 0.0
         for stage in {0, min(1, resolved.pp - 1), resolved.pp - 1}:
             memory = stage_memory(config, resolved, stage, self.model.counts)
-            # Reduced gradients and gathered weights; without ZeRO gradients are both scattered and gathered.
-            gathered = memory.weights_bytes if config.distributed.zero_stage else memory.gradients_bytes
+            exchanged = memory.parameters * self._exchanged_bytes_per_parameter()
             expert = memory.expert_parameters / max(memory.parameters, 1)
             seconds = 0.0
             for share, ranks in ((1 - expert, resolved.dp * resolved.cp), (expert, resolved.edp)):
                 stride = resolved.world_size // resolved.pp // ranks
-                seconds += self._exchange((memory.gradients_bytes + gathered) * share, ranks, stride)
+                seconds += self._exchange(exchanged * share, ranks, stride)
             touched = 2 * memory.optimizer_bytes + memory.gradients_bytes + memory.weights_bytes
             communication = max(communication, seconds)
             optimizer = max(optimizer, self._memory_seconds(touched))
         hidden = OVERLAP if config.distributed.overlap_grad_reduce else 0.0
         return communication * (1 - hidden), optimizer
+
+    def _exchanged_bytes_per_parameter(self) -> int:
+        """Reduced gradients and gathered weights; without ZeRO gradients are both scattered and gathered.
+
+        ZeRO-2 and ZeRO-3 reduce in every micro-batch, ZeRO-3 also gathers in each, forward and backward.
+        """
+        zero, weight_bytes = self.config.distributed.zero_stage, 4 if self.resolved.precision == "fp32" else 2
+        micro_batches = micro_batches_per_step(self.config, self.resolved)
+        reduced = 4 * (micro_batches if zero >= 2 else 1)
+        return reduced + (4 if zero == 0 else weight_bytes * (2 * micro_batches if zero == 3 else 1))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megads.checkpoint.companions import companions
 from megads.model.build import unwrap
+from megads.optim.fully_sharded import FullyShardedChunk
+from megads.optim.state import local_weights, sharded_companions, whole_parameters
 from megads.train.step import TrainingStep
 
 PREFIX = "average."
@@ -42,9 +44,9 @@ class ParameterAverage:
         self._averages: list[dict[str, Tensor]] = []
         for chunk in step.chunks:
             self._averages.append({})
-            for name, parameter in unwrap(chunk).named_parameters():
+            for name, weight in local_weights(chunk, unwrap(chunk)).items():
                 self._averages[-1][name] = torch.empty(
-                    parameter.shape, dtype=torch.float32, device="cpu", pin_memory=cuda
+                    weight.shape, dtype=torch.float32, device="cpu", pin_memory=cuda
                 )
         self.start_from_weights()
 
@@ -54,10 +56,10 @@ class ParameterAverage:
         for parameter, average in self._pairs():
             average.copy_(parameter)
 
-    def _pairs(self) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for chunk, averages in zip(self._step.chunks, self._averages, strict=True):
-            for name, parameter in unwrap(chunk).named_parameters():
-                yield parameter, averages[name]
+            for name, weight in local_weights(chunk, unwrap(chunk)).items():
+                yield weight, averages[name]
 
     @torch.no_grad()
     def update(self, step_number: int) -> None:
@@ -81,12 +83,15 @@ class ParameterAverage:
             own = [parameter.detach().to("cpu", copy=True) for parameter, _ in pairs]
             for parameter, average in pairs:
                 parameter.copy_(average)
+        self._step.forget_gathered()
         try:
             yield
         finally:
+            self._step.forget_gathered()
             with torch.no_grad():
                 for (parameter, _), weights in zip(pairs, own, strict=True):
                     parameter.copy_(weights)
+            self._step.forget_gathered()
 
     def sharded_state(self, metadata: dict[str, Any]) -> dict[str, Any]:
         """The averages under the names and places of the weights they belong to, `average.` before them.
@@ -96,16 +101,22 @@ class ParameterAverage:
         state: dict[str, Any] = {EARLIER_UPDATES: self.earlier_updates}
         for index, (chunk, averages) in enumerate(zip(self._step.chunks, self._averages, strict=True)):
             model = unwrap(chunk)
-            average_of = {p.data_ptr(): averages[name] for name, p in model.named_parameters()}
-            sharded = model.sharded_state_dict(metadata=metadata)
-            state[f"average{index}"] = companions(sharded, average_of, PREFIX)
+            with whole_parameters(chunk):
+                sharded = model.sharded_state_dict(metadata=metadata)
+            if isinstance(chunk, FullyShardedChunk):
+                state[f"average{index}"] = sharded_companions(chunk, sharded, averages, PREFIX)
+            else:
+                average_of = {p.data_ptr(): averages[name] for name, p in model.named_parameters()}
+                state[f"average{index}"] = companions(sharded, average_of, PREFIX)
         return state
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `sharded_state` gave the places for."""
         self.earlier_updates = state.get(EARLIER_UPDATES, 0)
-        for index, averages in enumerate(self._averages):
+        for index, (chunk, averages) in enumerate(zip(self._step.chunks, self._averages, strict=True)):
+            if isinstance(chunk, FullyShardedChunk):
+                continue  # parts of parameters were loaded in place
             loaded = state[f"average{index}"]
             assert loaded.keys() == averages.keys(), loaded.keys() ^ averages.keys()
             for name, average in averages.items():

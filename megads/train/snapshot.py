@@ -12,8 +12,14 @@ from megads.config.resolve import Resolved
 from megads.mcore.generators import restore_generators, sharded_generators
 from megads.model.build import unwrap
 from megads.model.fp8_history import restore_histories, sharded_histories
-from megads.optim.build import allocate_optimizer_state, load_optimizer_state
-from megads.optim.master_weights import reload_weights, renew_weights
+from megads.optim.state import (
+    load_optimizer_state,
+    load_weights,
+    sharded_optimizer_state,
+    sharded_weights,
+    start_from_weights,
+    whole_parameters,
+)
 from megads.train.average import ParameterAverage
 from megads.train.step import TrainingStep
 
@@ -51,14 +57,17 @@ def sharded_state(
 ) -> dict[str, Any]:
     """What to save, or the places to load into (`loading`)."""
     metadata = metadata_of(step)
-    models = {
-        f"model{index}": unwrap(chunk).sharded_state_dict(metadata=metadata)
-        for index, chunk in enumerate(step.chunks)
+    entries = []
+    for chunk in step.chunks:
+        with whole_parameters(chunk):
+            entries.append(unwrap(chunk).sharded_state_dict(metadata=metadata))
+    state: dict[str, Any] = {
+        f"model{index}": sharded_weights(chunk, entries[index]) for index, chunk in enumerate(step.chunks)
     }
-    state: dict[str, Any] = dict(models)
     if optimizer:
-        allocate_optimizer_state(step.optimizer)
-        state["optimizer"] = step.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+        state["optimizer"] = sharded_optimizer_state(
+            step.optimizer, step.chunks, entries, metadata, loading=loading
+        )
     if generators:
         state["generators"] = sharded_generators()
     if fp8_histories:
@@ -78,15 +87,14 @@ def restore_state(
     average: ParameterAverage | None = None,
 ) -> bool:
     """Put loaded tensors in place; whether all products with delayed scaling have got a history."""
-    models = {f"model{index}": state[f"model{index}"] for index in range(len(step.chunks))}
-    for chunk, model in zip(step.chunks, models.values(), strict=True):
-        unwrap(chunk).load_state_dict(model)
+    models = [state[f"model{index}"] for index in range(len(step.chunks))]
+    for chunk, model in zip(step.chunks, models, strict=True):
+        load_weights(chunk, unwrap(chunk), model)
     complete = restore_histories(step.chunks, state["fp8_histories"]) if fp8_histories else False
     if optimizer:
-        load_optimizer_state(step.optimizer, state["optimizer"])
-        renew_weights(step.optimizer, step.chunks)
+        load_optimizer_state(step.optimizer, step.chunks, state["optimizer"])
     else:
-        reload_weights(step.optimizer, step.chunks, models)
+        start_from_weights(step.optimizer, step.chunks, models)
     if generators:
         restore_generators(state["generators"])
     if average is not None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,6 +32,7 @@ from megads.model.context_parallel import local_part
 from megads.model.fp8_history import advance_histories
 from megads.model.router import routers_of, update_expert_biases
 from megads.optim.build import NonFiniteGradientsError, build_optimizer, set_learning_rate, wrap_data_parallel
+from megads.optim.fully_sharded import FullyShardedChunk
 from megads.optim.loss_scale import loss_scale, loss_scale_can_fall
 from megads.optim.parameter_norm import squared_norm_share
 from megads.train.contents import Contents
@@ -265,9 +267,15 @@ class TrainingStep:
     def gather_parameters(self) -> None:
         """Finish the parameter gathering that overlaps with the next forward pass: before a save."""
         for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.disable_forward_pre_hook()
                 chunk.enable_forward_pre_hook()
+
+    def forget_gathered(self) -> None:
+        """Have sharded weights (ZeRO-2, ZeRO-3) gathered anew: around a change of the shards."""
+        for chunk in self.chunks:
+            if isinstance(chunk, FullyShardedChunk):
+                chunk.forget_gathered()
 
     def squared_parameter_norm_share(self) -> Tensor:
         """This rank's share of the squared norm of all parameters; collective, see `squared_norm_share`."""

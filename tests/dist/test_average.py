@@ -85,7 +85,7 @@ def test_the_average_is_the_textbooks() -> None:
         torch.testing.assert_close(found[name].double(), tensor, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "dp2", "dp2-zero2", "tp2-ep2-zero3"])
 def test_every_layout_saves_and_loads_the_same_average(layout: str, tmp_path: Path) -> None:
     single = whole(run_distributed(1, run, timeout_seconds=120, settings={}), "average")
     processes, settings = LAYOUTS[layout]
@@ -97,10 +97,10 @@ def test_every_layout_saves_and_loads_the_same_average(layout: str, tmp_path: Pa
         assert torch.equal(loaded[name], found[name]), name
 
 
-def evaluate() -> dict[str, Any]:
+def evaluate(settings: dict[str, Any]) -> dict[str, Any]:
     from megads.train.average import ParameterAverage
 
-    step = tiny.start({})
+    step = tiny.start(settings)
     average = ParameterAverage(step, 0.999, interval=2)
     parts = tiny.micro_batches(step, tiny.global_batch(99))
     untrained = step.evaluate(iter(parts), len(parts))[0].tolist()
@@ -116,8 +116,10 @@ def evaluate() -> dict[str, Any]:
     return {"untrained": untrained, "own": own, "averaged": averaged, "same": all(same)}
 
 
-def test_evaluating_the_average_leaves_the_weights_alone() -> None:
-    [found] = run_distributed(1, evaluate, timeout_seconds=120)
-    assert found["same"]
-    assert found["averaged"] == pytest.approx(found["untrained"], rel=1e-2)
-    assert found["averaged"] != found["own"]
+@pytest.mark.parametrize("layout", ["single", "dp2-zero2", "dp2-zero3"])
+def test_evaluating_the_average_leaves_the_weights_alone(layout: str) -> None:
+    processes, settings = LAYOUTS[layout]
+    for found in run_distributed(processes, evaluate, timeout_seconds=120, settings=settings):
+        assert found["same"]
+        assert found["averaged"] == pytest.approx(found["untrained"], rel=1e-2)
+        assert found["averaged"] != found["own"]

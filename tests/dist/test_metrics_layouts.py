@@ -117,7 +117,7 @@ def test_the_report_that_all_are_compared_with(reference: list[dict[str, Any]]) 
         assert all(sum(load) == pytest.approx(1, abs=1e-3) for load in record["load_by_layer"])
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2", "ep2", "cp2", "etp2", "pp2-vpp2"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2", "ep2", "cp2", "etp2", "pp2-vpp2", "tp2-ep2-zero3"])
 def test_every_layout_reports_what_one_process_does(
     layout: str, reference: list[dict[str, Any]], tmp_path: Path
 ) -> None:

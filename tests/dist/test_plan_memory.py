@@ -147,6 +147,42 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measure_fully_sharded(settings: dict[str, Any]) -> dict[str, Any]:
+    """(measured, planned) of what lies there between steps, with what stays gathered of sharded weights."""
+    from torch.distributed.tensor import DTensor
+
+    from megads.config.memory import stage_memory
+
+    tiny.SEQ_LENGTH = LENGTH
+    step = tiny.start(settings)
+    batches = tiny.micro_batches(step, tiny.global_batch(0))
+    assert step.train(iter(batches), len(batches), tiny.scalars(step)).applied
+    step.forget_gathered()  # the next step's first layers
+    (chunk,) = step.chunks
+    groups = chunk.param_and_grad_buffer.parameter_groups
+    weights = [group.model_weight_buffer.data for group in groups]
+    weights += [shard.parameter for shard in chunk.shards()]
+    state = [one.to_local() for one in optimizer_state(step) if isinstance(one, DTensor)]
+    planned = stage_memory(step.config, step.resolved, 0)
+    return {
+        "weights": (size(storages(weights)), planned.weights_bytes),
+        "gradients": (
+            size(storages([group.main_grad_buffer.data for group in groups])),
+            planned.gradients_bytes,
+        ),
+        "optimizer": (size(storages(state)), planned.optimizer_bytes),
+    }
+
+
+@pytest.mark.parametrize("layout", ["dp2-zero2", "dp2-zero3", "tp2-ep2-zero3"])
+def test_sharded_gradients_and_weights(layout: str) -> None:
+    processes, of_layout = LAYOUTS[layout]
+    settings = {name: value for name, value in SIZES.items() if "overlap" not in name} | of_layout
+    for rank in run_distributed(processes, measure_fully_sharded, timeout_seconds=120, settings=settings):
+        for part, (measured, planned) in rank.items():
+            assert planned == pytest.approx(measured, rel=0.03), part
+
+
 def run(layout: str, **changes: Any) -> list[dict[str, Any]]:
     processes, of_layout = LAYOUTS[layout]
     settings = SIZES | {name: value for name, value in of_layout.items() if "overlap" not in name} | changes

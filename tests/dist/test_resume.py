@@ -146,6 +146,9 @@ def hexadecimal(ranks: list[dict[str, Any]]) -> list[list[str]]:
         ("tp2", "adamw"),
         ("pp2-vpp2", "adamw"),
         ("ep2", "adamw"),
+        ("dp2-zero2", "adamw"),
+        ("dp2-zero3", "adam"),
+        ("tp2-ep2-zero3", "adamw"),
     ],
 )
 def test_resume_is_bitwise_the_same_run(layout: str, optimizer: str, tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_a_resumed_run_is_resumed_again(tmp_path: Path) -> None:
     assert all(rank["loaded"]["optimizer_steps"] == {BEFORE + AFTER} for rank in second)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp2-zero0"])
+@pytest.mark.parametrize("layout", ["dp2", "dp2-zero0", "dp2-zero3"])
 def test_a_run_resumes_with_the_hyperparameters_that_it_is_given(layout: str, tmp_path: Path) -> None:
     """Megatron-Core finds parameter groups by their learning rates, and takes betas from the checkpoint."""
     job(layout, train_and_save, {}, directory=tmp_path)
@@ -204,6 +207,10 @@ def test_generators_are_what_makes_it_the_same_run(tmp_path: Path) -> None:
         ("tp2-etp2", "single"),
         ("pp2-uneven", "dp2"),
         ("tp2-pp2", "pp2-ep2"),
+        ("dp2", "dp2-zero3"),
+        ("dp2-zero3", "dp2"),
+        ("etp2-zero2", "tp2-ep2-zero3"),
+        ("cp2-zero3", "pp2-uneven"),
     ],
 )
 def test_another_layout_goes_on_from_the_same_tensors(source: str, target: str, tmp_path: Path) -> None:

@@ -91,8 +91,13 @@ LAYOUTS = {
     "tp2-etp2": Layout(2, _WHOLE | {_TP: 2, _ETP: 2}),
     "cp2": Layout(2, {_CP: 2}),
     "tp2-ep2": Layout(2, _WHOLE | {_TP: 2, _EP: 2}),
+    "dp2-zero2": Layout(2, _SMALL | {_ZERO: 2}),
+    "dp2-zero3": Layout(2, _SMALL | {_ZERO: 3}),
+    "cp2-zero3": Layout(2, {_CP: 2, _ZERO: 3}),
+    "etp2-zero2": Layout(2, _SMALL | {_ETP: 2, _ZERO: 2}),
     "tp2-pp2": Layout(4, {_TP: 2, _PP: 2}),
     "pp2-ep2": Layout(4, _SMALL | {_PP: 2, _EP: 2}),
+    "tp2-ep2-zero3": Layout(4, {_TP: 2, _EP: 2, _ZERO: 3}),
     "tp2-cp2": Layout(4, _WHOLE | {_TP: 2, _CP: 2}),
 }
 

@@ -171,8 +171,14 @@ CASES: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"data__split": "100,0,0"}, 1, ["nothing for validation", "eval_interval"]),
     # what cannot work here
     ({MLA + "use_fp8_kv": True}, 1, ["use_fp8_kv", "yet"]),
-    ({D + "zero_stage": 2}, 1, ["zero_stage = 2", "zero_stage = 1"]),
-    ({D + "zero_stage": 3}, 1, ["zero_stage = 3"]),
+    (
+        {D + "zero_stage": 2, D + "pipeline_parallel_size": 2},
+        2,
+        ["zero_stage = 2", "pipeline_parallel_size to 1", "zero_stage to 1"],
+    ),
+    ({D + "zero_stage": 2, D + "overlap_grad_reduce": False}, 1, ["overlap_grad_reduce = false"]),
+    ({D + "zero_stage": 3, D + "overlap_param_gather": False}, 1, ["overlap_param_gather = false"]),
+    ({T + "optimizer": "sgd", D + "zero_stage": 2}, 1, ["sgd", "adamw", "zero_stage = 0"]),
     ({D + "zero_offload": True}, 1, ["zero_offload"]),
     ({T + "use_fp16": True, T + "use_bf16": False}, 1, ["use_fp16 needs CUDA"]),
     ({D + "device": "cuda"}, 1, ["no CUDA device"]),
@@ -196,6 +202,8 @@ def test_each_rule_fires_alone(changes: dict[str, Any], world_size: int, said: l
         ({D + "expert_parallel_size": 4, D + "expert_tensor_parallel_size": 2}, 8),
         ({D + "tensor_parallel_size": 2, D + "expert_parallel_size": 2}, 2),
         ({D + "context_parallel_size": 2}, 2),
+        ({D + "zero_stage": 2, D + "overlap_param_gather": False, D + "tensor_parallel_size": 2}, 4),
+        ({D + "zero_stage": 3, D + "expert_parallel_size": 2}, 2),
         ({MLA + "num_kv_heads": 16, D + "data_parallel_size": 2, D + "backend": "deepspeed"}, 2),
         ({MOE + "num_experts": 0, "model__intermediate_size": 64}, 1),
         ({"model__first_k_dense_replace": 1, "model__dense_layer_interval": 3}, 1),
@@ -221,7 +229,10 @@ def test_gloo_is_refused_on_cuda_but_not_where_the_cpu_is_asked_for() -> None:
 
 def test_all_problems_come_in_one_numbered_error() -> None:
     config = sound(
-        model__mla__use_fp8_kv=True, distributed__zero_stage=3, model__mla__use_rope=False, data__sources=[]
+        model__mla__use_fp8_kv=True,
+        distributed__zero_offload=True,
+        model__mla__use_rope=False,
+        data__sources=[],
     )
     with pytest.raises(ConfigError) as caught:
         check(config, 4, cuda=False)
@@ -244,7 +255,7 @@ def test_missing_optional_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> 
     ("changes", "path"),
     [
         ({T + "sgd_momentum": 0.5}, "training.sgd_momentum"),
-        ({T + "optimizer": "sgd", T + "adam_beta2": 0.5}, "training.adam_beta2"),
+        ({T + "optimizer": "sgd", T + "adam_beta2": 0.5, D + "zero_stage": 0}, "training.adam_beta2"),
         ({T + "mtp_loss_weight": 0.5}, "training.mtp_loss_weight"),
         ({T + "lr_wsd_decay_style": "cosine"}, "training.lr_wsd_decay_style"),
         ({T + "lr_decay_style": "constant", T + "min_learning_rate": 0}, "training.min_learning_rate"),
