@@ -14,9 +14,10 @@ that it may see) per token (`megads/config/flops.py`), recomputation not include
 GPU's dense BF16 peak (989 TFLOP/s for H100 and H200), in FP8 too. "(square)" counts attention as the full
 square. Peak memory is what CUDA's allocator has handed out, beside the planner's prediction for MegaDS.
 
-OUTPUT gets results.json, results.md, speed.png and log.txt (what the processes said). Any flag of
-pretrain_megads.py changes the slice for all contenders. On a CPU only the benchmark itself can be tried:
---shape tiny --device cpu --precision fp32.
+--plan measures nothing and needs no GPU: it shows the slices that fit a GPU of the planner's table, and the
+speed, memory and bounds that it predicts. OUTPUT gets results.json, results.md, speed.png and log.txt (what
+the processes said). Any flag of pretrain_megads.py changes the slice for all contenders. On a CPU only the
+benchmark itself can be tried: --shape tiny --device cpu --precision fp32.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 from gpu_training.contenders import CONTENDERS
 from gpu_training.figure import draw
+from gpu_training.plan import plan_rows
 from gpu_training.processes import run_variant
 from gpu_training.shapes import PRECISIONS, SHAPES, Overrides
 from gpu_training.summary import Row, Variant, as_markdown, claim_rows, speed_rows, time_rows
@@ -39,6 +41,7 @@ from rich.table import Table
 from megads.command_line import run_tool
 from megads.config.flags import parse_flags
 from megads.errors import EnvironmentSetupError
+from megads.plan.hardware import GPUS
 
 LEAST_SECONDS = 30
 """Below which no variant is begun."""
@@ -135,6 +138,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Overrides]:
     parser.add_argument("--variant-seconds", type=float, default=150, help="limit of each process")
     parser.add_argument("--total-seconds", type=float, default=560)
     parser.add_argument("--output", default="outputs/train_gpu")
+    parser.add_argument("--plan", nargs="?", const="h200", choices=GPUS, metavar="GPU")
     options, rest = parser.parse_known_args(argv)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -143,6 +147,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Overrides]:
 
 def main() -> int:
     options, changes = parse_arguments(sys.argv[1:])
+    if options.plan is not None:
+        gpu = GPUS[options.plan]
+        rows = plan_rows(options.shape, options.precision, gpu, options.micro_batches, changes)
+        print(as_markdown(list(rows)))
+        return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         raise EnvironmentSetupError("no CUDA device is visible here: --device cpu with --shape tiny")
     session = Session(options, changes)

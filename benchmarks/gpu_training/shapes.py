@@ -120,8 +120,7 @@ def slice_config(
     whole, fitting = load_config(CONFIGS / shape.config).model.num_layers, 0
     for layers in range(1, whole + 1):
         config = _config(shape, layers, "bf16", device, micro_batches, changes)
-        copies = FP8_COPIES_BYTES * count_parameters(config).total
-        if planned_bytes(config).total + copies > USABLE_SHARE * memory_bytes:
+        if planned_bytes(config).total + fp8_copies_bytes(config) > USABLE_SHARE * memory_bytes:
             break
         fitting = layers
     if not fitting:
@@ -168,7 +167,13 @@ def planned_bytes(config: Config) -> StageBytes:
     return memory_by_stage(config, resolved_on(config))[0]
 
 
+def fp8_copies_bytes(config: Config) -> int:
+    """Of the weights, which the planner leaves out; a little too much, since not every weight has them."""
+    return FP8_COPIES_BYTES * count_parameters(config).total
+
+
 def planned_tensor_bytes(config: Config) -> int:
-    """Of that, what CUDA's allocator hands out: without the runtime's own memory and without margins."""
+    """What CUDA's allocator should hand out: without the runtime's own memory and without margins."""
     planned = planned_bytes(config)
-    return planned.total - planned.runtime - planned.margin
+    copies = fp8_copies_bytes(config) if config.training.use_fp8 else 0
+    return planned.total - planned.runtime - planned.margin + copies

@@ -185,6 +185,7 @@ class SpeedModel:
         again = up + rest if saved.recompute == "full" else self._selectively_again(is_moe)
         scores = self.model.attention_flops_per_token * saved.tokens / resolved.tp
         passes = 4 if saved.recompute == "full" else 3
+        exchanges = 4 if saved.recompute == "full" or "moe" in saved.recomputed_modules else 3
         attention = passes * scores / (self.gpu.bf16_flops_per_second * ATTENTION_EFFICIENCY)
         whole = saved.whole_layer_bytes(is_moe)
         return Work(
@@ -192,7 +193,7 @@ class SpeedModel:
             attention=attention,
             memory=self._memory_seconds(whole * MEMORY_PASSES * passes / 3),
             tensor_parallel=self._tensor_parallel(is_moe) * passes / 3,
-            expert_parallel=self._expert_parallel() * passes / 3 if is_moe else 0.0,
+            expert_parallel=self._expert_parallel() * exchanges / 3 if is_moe else 0.0,
             context_parallel=self._context_parallel(),
         )
 

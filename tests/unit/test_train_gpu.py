@@ -17,12 +17,13 @@ sys.path.insert(0, str(BENCHMARKS))
 import train_gpu  # noqa: E402
 from gpu_training import kernels, stopwatch, summary  # noqa: E402
 from gpu_training.contenders import Contender  # noqa: E402
+from gpu_training.plan import plan_rows  # noqa: E402
 from gpu_training.processes import run_variant  # noqa: E402
 from gpu_training.shapes import (  # noqa: E402
-    FP8_COPIES_BYTES,
     SHAPES,
     USABLE_SHARE,
     planned_bytes,
+    planned_tensor_bytes,
     slice_config,
 )
 from gpu_training.variant import Job, Measured, max_violation, zipf_batches  # noqa: E402
@@ -49,7 +50,7 @@ def test_a_slice_is_as_deep_as_memory_allows_and_keeps_every_width(name: str) ->
     one_more = slice_of(name, **{"model.num_layers": config.model.num_layers + 1})
 
     def needed(config: Any) -> float:
-        return planned_bytes(config).total + FP8_COPIES_BYTES * count_parameters(config).total
+        return planned_bytes(config).total + 2 * count_parameters(config).total
 
     assert needed(config) <= USABLE_SHARE * H200 < needed(one_more)
     kept, original = config.model.mla.model_dump(), whole.model.mla.model_dump()
@@ -66,6 +67,8 @@ def test_a_slice_is_as_deep_as_memory_allows_and_keeps_every_width(name: str) ->
 def test_all_precisions_have_the_same_model_and_smaller_devices_a_smaller_one() -> None:
     assert slice_of("v3", "fp8").model == slice_of("v3", "bf16").model
     assert slice_of("v3", "fp8").training.use_fp8
+    # Weights in FP8 beside those in BF16 take more than activations save.
+    assert planned_tensor_bytes(slice_of("v3", "fp8")) > planned_tensor_bytes(slice_of("v3"))
     assert slice_of("v3", memory=H200 // 2).model.num_layers < slice_of("v3").model.num_layers
     with pytest.raises(ConfigError, match="not even one layer"):
         slice_of("v3", memory=H200 // 20)
@@ -75,6 +78,15 @@ def test_a_users_settings_win() -> None:
     config = slice_of("v3", **{"model.num_layers": 2, "training.gradient_checkpointing": "full"})
     assert config.model.num_layers == 2
     assert config.training.gradient_checkpointing == "full"
+
+
+def test_the_planner_shows_the_slices_without_a_gpu() -> None:
+    headings, bf16, fp8 = plan_rows(["v3"], ["bf16", "fp8"], GPUS["h200"], 4, {})
+    assert len(headings) == len(bf16) == len(fp8)
+    assert bf16[2] == fp8[2] == str(slice_of("v3").model.num_layers)
+    speed = headings.index("tokens/s")
+    assert float(fp8[speed].replace(",", "")) > float(bf16[speed].replace(",", ""))
+    assert "products" in bf16[-1]
 
 
 def test_tokens_are_the_same_every_time_and_frequent_ones_are_frequent() -> None:
