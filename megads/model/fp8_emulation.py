@@ -198,8 +198,8 @@ class EmulatedExperts(_Emulated, GroupedExperts):
         super().__init__(num_local_experts, *args, **kwargs)
         self.prepare_products(num_local_experts, "weight1", "weight2")
 
-    def product(self, name: str, x_TI: Tensor, w_EOI: Tensor, ends_E: Tensor) -> Tensor:
-        return emulated_product(x_TI, w_EOI, ends_E, self.roundings[name])
+    def product(self, name: str, x_TI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        return emulated_product(x_TI, weight_EOI, ends_E, self.roundings[name])
 
 
 def emulated_backend(native: Backend, fp8: FP8, recipe: RecipeName) -> Backend:
