@@ -734,6 +734,17 @@ class Distributed(Section):
     overlap_param_gather: bool = setting(
         True, "gather parameters during forward", flags=("--overlap-param-gather",)
     )
+    overlap_expert_parallel: bool = setting(
+        False,
+        "exchange the tokens of one micro-batch during the computation of another (CUDA only)",
+        source=f"{V3}, section 3.2.1: DualPipe, another schedule to the same end",
+        flags=("--overlap-moe-expert-parallel-comm",),
+    )
+    overlap_shared_experts: bool = setting(
+        False,
+        "compute the shared experts during the exchange of tokens",
+        flags=("--moe-shared-expert-overlap",),
+    )
     timeout_minutes: float = setting(
         10.0,
         "a collective that takes longer ends the job",

@@ -13,6 +13,7 @@ from megads.config import (
     validate_kernels,
     validate_layout,
     validate_model,
+    validate_overlap,
     validate_precision,
     validate_recompute,
     validate_schedules,
@@ -54,6 +55,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from validate_zero.zero_problems(config)
     yield from validate_kernels.kernel_problems(config, cuda)
     yield from validate_recompute.recompute_problems(config)
+    yield from validate_overlap.overlap_problems(config, cuda)
     yield from not_yet(config, cuda)
     yield from missing_packages(config)
     yield from deepspeed_problems(config, validate_layout.accumulation_steps(config, world_size))[0]

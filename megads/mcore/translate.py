@@ -66,6 +66,8 @@ def _experts(config: Config, resolved: Resolved) -> dict[str, Any]:
         "moe_token_dispatcher_type": "flex" if moe.use_deep_ep else "alltoall",
         "moe_flex_dispatcher_backend": "deepep",
         "moe_expert_capacity_factor": moe.capacity_factor,
+        "overlap_moe_expert_parallel_comm": config.distributed.overlap_expert_parallel,
+        "moe_shared_expert_overlap": config.distributed.overlap_shared_experts,
     }
 
 

@@ -29,6 +29,7 @@ from megads.model.backends import Backend
 from megads.model.layers import block_submodules, mtp_spec
 from megads.model.output_head import OutputHead
 from megads.model.rope import rotary_table
+from megads.model.schedule_plan import SchedulePlan
 
 
 class LanguageModel(LanguageModule):
@@ -171,9 +172,21 @@ class LanguageModel(LanguageModule):
                 rotary_pos_emb=table,
                 embedding=self.embedding,
             )
-        return self._predict(hidden, labels_BS)
+        return self.predict(hidden, labels_BS)
 
-    def _predict(self, hidden: Tensor, labels_BS: Tensor | None) -> Tensor:
+    def build_schedule_plan(
+        self,
+        tokens_BS: Tensor | None,
+        labels_BS: Tensor | None,
+        positions_BS: Tensor,
+        documents_BS: Tensor | None = None,
+    ) -> SchedulePlan:
+        """`forward` in pieces, for `distributed.overlap_expert_parallel`."""
+        table = rotary_table(self.mla, self.rope_dim, positions_BS.transpose(0, 1))
+        return SchedulePlan(self, tokens_BS, labels_BS, documents_BS, table)
+
+    def predict(self, hidden: Tensor, labels_BS: Tensor | None) -> Tensor:
+        """Losses, or without labels logits, of the hidden states of all depths: see `forward`."""
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         depths = 1 + self.mtp_depth
         if labels_BS is None:

@@ -124,6 +124,9 @@ class MultiLatentAttention(MegatronModule):
             tp_group=self.tp_group,
         )
 
+    def backward_dw(self) -> None:
+        """Weight gradients that the combined schedule could put off: they come with the others."""
+
     def set_for_recompute_input_layernorm(self) -> None:
         """Called where the norm before attention is recomputed in FP8: what is kept of it must be its output.
 

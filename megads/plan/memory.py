@@ -90,14 +90,17 @@ def micro_batches_per_step(config: Config, resolved: Resolved) -> int:
 
 
 @lru_cache(maxsize=4096)
-def in_flight(rank: int, pp: int, vpp: int, micro_batches: int) -> tuple[tuple[int, ...], ...]:
+def in_flight(
+    rank: int, pp: int, vpp: int, micro_batches: int, combined: bool = False
+) -> tuple[tuple[int, ...], ...]:
     """Micro-batches of each model chunk of a rank whose backward has not run, at every peak that occurs.
 
     Megatron-Core's schedules: without interleaving pp - rank - 1 forward passes before the first
-    backward, with it 2 (pp - rank - 1) + (vpp - 1) pp of chunks, taken pp micro-batches at a time.
+    backward, with it 2 (pp - rank - 1) + (vpp - 1) pp of chunks, taken pp micro-batches at a time. The
+    `combined` schedule (`overlap_expert_parallel`) takes one more, to have two that are independent.
     """
     total = micro_batches * vpp
-    warmup = pp - rank - 1 if vpp == 1 else 2 * (pp - rank - 1) + (vpp - 1) * pp
+    warmup = pp - rank - 1 if vpp == 1 else 2 * (pp - rank - 1) + (vpp - 1) * pp + combined
     warmup = min(warmup, total)
 
     def chunk(position: int) -> int:
@@ -123,7 +126,7 @@ def _peak(saved: SavedActivations, stage: int, micro_batches: int) -> tuple[Part
             parts["attention"] += saved.hidden_bytes  # what was sent on is kept until its gradient comes
     sizes = [sum(parts.values()) for parts in of_chunk]
     counts = max(
-        in_flight(stage, resolved.pp, vpp, micro_batches),
+        in_flight(stage, resolved.pp, vpp, micro_batches, saved.config.distributed.overlap_expert_parallel),
         key=lambda counts: sum(count * size for count, size in zip(counts, sizes, strict=True)),
     )
     flying: Parts = Counter()

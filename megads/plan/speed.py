@@ -188,12 +188,16 @@ class SpeedModel:
         exchanges = 4 if saved.recompute == "full" or "moe" in saved.recomputed_modules else 3
         attention = passes * scores / (self.gpu.bf16_flops_per_second * ATTENTION_EFFICIENCY)
         whole = saved.whole_layer_bytes(is_moe)
+        products, memory = 3 * (up + rest) + again, self._memory_seconds(whole * MEMORY_PASSES * passes / 3)
+        exchange = self._expert_parallel() * exchanges / 3 if is_moe else 0.0
+        if self.config.distributed.overlap_expert_parallel:
+            exchange = max(0.0, exchange - products - attention - memory)  # of the other micro-batch
         return Work(
-            products=3 * (up + rest) + again,
+            products=products,
             attention=attention,
-            memory=self._memory_seconds(whole * MEMORY_PASSES * passes / 3),
+            memory=memory,
             tensor_parallel=self._tensor_parallel(is_moe) * passes / 3,
-            expert_parallel=self._expert_parallel() * exchanges / 3 if is_moe else 0.0,
+            expert_parallel=exchange,
             context_parallel=self._context_parallel(),
         )
 

@@ -153,19 +153,25 @@ class TrainingStep:
         contents: Contents,
         batches: Iterator[dict[str, Tensor]] | None,
         model: torch.nn.Module,
-    ) -> tuple[Tensor, Any]:
-        """What Megatron-Core's schedules call for each micro-batch and model chunk."""
+        return_schedule_plan: bool = False,
+    ) -> tuple[Any, Any]:
+        """What Megatron-Core's schedules call for each micro-batch and model chunk.
+
+        Its combined schedule asks for the pieces of the forward pass in place of the output, and gives the
+        model without wrappers.
+        """
+        forward = model.build_schedule_plan if return_schedule_plan else model
         device, cp = torch.cuda.current_device(), self.groups.cp
         positions = torch.arange(seq_length, device=device).unsqueeze(0)
         if batches is None:
-            return model(None, None, positions), None
+            return forward(None, None, positions), None
         batch = {
             name: tensor.to(device, non_blocking=True)
             for name, tensor in shortened(next(batches), seq_length).items()
         }
         data = self.config.data
         part = batch | {name: local_part(batch[name], cp) for name in ("tokens", "labels", "loss_mask")}
-        output = model(
+        output = forward(
             part["tokens"],
             part["labels"],
             batch["position_ids"] if data.reset_position_ids else positions,

@@ -39,6 +39,7 @@ def test_in_flight_with_interleaving() -> None:
     assert max(map(sum, in_flight(0, pp, vpp, 16))) == vpp * pp + pp - 1
     assert max(map(sum, in_flight(pp - 1, pp, vpp, 16))) == (vpp - 1) * pp + 1
     assert max(map(sum, in_flight(0, pp, vpp, pp))) == vpp * pp, "no more than there are"
+    assert max(map(sum, in_flight(0, pp, vpp, 16, combined=True))) == vpp * pp + pp
 
 
 def test_deepseek_v3_fits_its_gpus() -> None:

@@ -1,0 +1,60 @@
+"""Errors of overlapping the exchange of tokens with computation: where that cannot work or hides nothing."""
+
+from collections.abc import Iterator
+
+from megads.config.resolve import pipeline_layout, uses_device
+from megads.config.schema import Config
+from megads.config.shape import model_shape
+
+
+def overlap_problems(config: Config, cuda: bool) -> Iterator[str]:
+    """Each problem as one sentence with what to do."""
+    distributed = config.distributed
+    if distributed.overlap_expert_parallel:
+        for reason, instead in _expert_parallel(config, uses_device(config, cuda)):
+            yield f"distributed.overlap_expert_parallel {reason}: {instead}"
+    if distributed.overlap_shared_experts:
+        for reason, instead in _shared_experts(config):
+            yield f"distributed.overlap_shared_experts {reason}: {instead}"
+
+
+def _expert_parallel(config: Config, device: str) -> Iterator[tuple[str, str]]:
+    """What Megatron-Core's combined schedule asks for."""
+    distributed, training, shape = config.distributed, config.training, model_shape(config)
+    pp, off = distributed.pipeline_parallel_size, "set it to false"
+    if device == "cpu":
+        yield "needs CUDA, whose streams run side by side, and this run is on the CPU", off
+    elif not training.use_bf16 and not training.use_fp16:
+        yield "works in 16 bits only, and this run is in FP32", f"set use_bf16, or {off}"
+    if distributed.expert_parallel_size == 1:
+        yield "has no exchange to hide with expert_parallel_size = 1", f"raise it, or {off}"
+    if pp > 1 and distributed.virtual_pipeline_parallel_size is None:
+        needs = "set virtual_pipeline_parallel_size, whose neighbouring chunks run beside each other"
+        yield "does not work with pipeline_parallel_size > 1 without virtual stages", f"{needs}, or {off}"
+    if pp > 1 and 0 in pipeline_layout(config):
+        yield "does not work with a stage without decoder layers", f"change pipeline_layout, or {off}"
+    recompute = training.gradient_checkpointing
+    if recompute in (True, "full") or (recompute == "selective" and "moe" in training.recompute_modules):
+        nearest = 'gradient_checkpointing = "selective" without "moe" in recompute_modules'
+        yield "does not work where MoE layers are recomputed whole", f"take {nearest}, or {off}"
+    if shape.mtp_depth > 1:
+        yield (
+            f"takes at most one MTP module, and there are {shape.mtp_depth}",
+            f"set num_predict_tokens to 2, or {off}",
+        )
+    if shape.mtp_depth and not shape.mtp_is_moe:
+        yield "needs MoE layers in MTP, and the last layer is dense", f"make it a MoE layer, or {off}"
+    if config.model.moe.dropout:
+        yield "leaves out model.moe.dropout, which is on", f"set that to 0, or {off}"
+    if distributed.overlap_shared_experts:
+        yield "and overlap_shared_experts exclude each other", "set one of them to false"
+
+
+def _shared_experts(config: Config) -> Iterator[tuple[str, str]]:
+    distributed, training, shape = config.distributed, config.training, model_shape(config)
+    if not any(shape.is_moe) or not shape.shared_intermediate_size:
+        yield "has no shared experts to compute", "set it to false"
+    if distributed.expert_parallel_size == 1 and distributed.tensor_parallel_size == 1:
+        yield "has no exchange to hide without expert or tensor parallelism", "set it to false"
+    if training.gradient_checkpointing == "selective" and "shared_experts" in training.recompute_modules:
+        yield "does not work with shared_experts in recompute_modules", "leave out one of them"

@@ -1,0 +1,76 @@
+"""Overlap of token exchanges with computation: each reason why it cannot work is told alone."""
+
+from typing import Any
+
+import pytest
+
+from megads.config.loader import load_config
+from megads.config.resolve import resolve
+from megads.config.validate_overlap import overlap_problems
+from megads.mcore.translate import transformer_config
+from tests.dist import tiny
+
+EP, PP = "distributed.expert_parallel_size", "distributed.pipeline_parallel_size"
+VPP, LAYOUT = "distributed.virtual_pipeline_parallel_size", "distributed.pipeline_layout"
+COMBINED = {
+    "distributed.overlap_expert_parallel": True,
+    "distributed.device": "cuda",
+    "training.num_predict_tokens": 2,
+    EP: 2,
+}
+SHARED = {"distributed.overlap_shared_experts": True, EP: 2}
+SELECTIVE = {"training.gradient_checkpointing": "selective"}
+
+
+def problems(settings: dict[str, Any]) -> list[str]:
+    return list(overlap_problems(load_config(None, tiny.BASE | settings), cuda=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        COMBINED,
+        COMBINED | {PP: 2, VPP: 2},
+        COMBINED | SELECTIVE,
+        SHARED,
+        {"distributed.overlap_shared_experts": True, "distributed.tensor_parallel_size": 2},
+    ],
+)
+def test_what_works(settings: dict[str, Any]) -> None:
+    assert not problems(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (COMBINED | {"distributed.device": "cpu"}, "needs CUDA"),
+        (COMBINED | {"training.use_bf16": False}, "works in 16 bits only"),
+        (COMBINED | {EP: 1}, "no exchange to hide with expert_parallel_size = 1"),
+        (COMBINED | {PP: 2}, "without virtual stages"),
+        (COMBINED | {PP: 2, VPP: 2, LAYOUT: [2, 1, 1, 0]}, "a stage without decoder layers"),
+        (COMBINED | {"training.gradient_checkpointing": "full"}, "MoE layers are recomputed whole"),
+        (COMBINED | SELECTIVE | {"training.recompute_modules": ["moe"]}, "MoE layers are recomputed whole"),
+        (COMBINED | {"training.num_predict_tokens": 3}, "at most one MTP module, and there are 2"),
+        (
+            COMBINED | {"model.dense_layers": [3], "model.first_k_dense_replace": None},
+            "the last layer is dense",
+        ),
+        (COMBINED | {"model.moe.dropout": 0.1}, "model.moe.dropout"),
+        (COMBINED | SHARED, "exclude each other"),
+        (SHARED | {"model.moe.num_shared_experts": 0}, "no shared experts"),
+        (SHARED | {EP: 1}, "no exchange to hide"),
+        (SHARED | SELECTIVE | {"training.recompute_modules": ["shared_experts"]}, "leave out one of them"),
+    ],
+)
+def test_each_reason_is_told_alone(settings: dict[str, Any], said: str) -> None:
+    (problem,) = problems(settings)
+    assert said in problem
+
+
+def test_megatron_core_accepts_what_we_do() -> None:
+    """Its own checks run when its configuration is made."""
+    config = load_config(None, tiny.BASE | COMBINED | {PP: 2, VPP: 2, "model.backend": "native"})
+    translated = transformer_config(config, resolve(config, 4, cuda=True))
+    assert translated.overlap_moe_expert_parallel_comm
+    assert not translated.moe_shared_expert_overlap
