@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from megads.config.schema import Config
 from megads.model.build import build_model
 from megads.model.context_parallel import local_part
 from megads.model.fp8_history import advance_histories
+from megads.model.language_model import LanguageModel
 from megads.model.router import routers_of, update_expert_biases
 from megads.optim.build import NonFiniteGradientsError, build_optimizer, set_learning_rate, wrap_data_parallel
 from megads.optim.fully_sharded import FullyShardedChunk
@@ -160,7 +161,9 @@ class TrainingStep:
         Its combined schedule asks for the pieces of the forward pass in place of the output, and gives the
         model without wrappers.
         """
-        forward = model.build_schedule_plan if return_schedule_plan else model
+        forward: Callable[..., Any] = model
+        if return_schedule_plan:
+            forward = cast(LanguageModel, model).build_schedule_plan
         device, cp = torch.cuda.current_device(), self.groups.cp
         positions = torch.arange(seq_length, device=device).unsqueeze(0)
         if batches is None:
