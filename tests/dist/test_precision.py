@@ -173,9 +173,20 @@ def test_a_resume_is_exact(layout: str, settings: dict[str, Any], tmp_path: Path
             assert torch.equal(ours, theirs), name
 
 
-def test_recomputation_changes_nothing_in_delayed_scaling() -> None:
-    (kept,) = job("single", losses, DELAYED)
-    (recomputed,) = job("single", losses, DELAYED | {"training.gradient_checkpointing": "full"})
+PARTS = ["mla_up_proj", "moe_act", "mlp", "shared_experts"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "recomputation"),
+    [
+        (DELAYED, {"training.gradient_checkpointing": "full"}),
+        (FP8, {"training.gradient_checkpointing": "selective", "training.recompute_modules": PARTS}),
+    ],
+    ids=["delayed-full", "blockwise-selective"],
+)
+def test_recomputation_changes_nothing(recipe: dict[str, Any], recomputation: dict[str, Any]) -> None:
+    (kept,) = job("single", losses, recipe)
+    (recomputed,) = job("single", losses, recipe | recomputation)
     assert kept == recomputed
 
 
