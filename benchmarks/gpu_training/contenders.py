@@ -3,7 +3,7 @@
 All take the same micro-batches of tokens [B, S + 1] and do what training does: forward, cross-entropy,
 backward, clipping, AdamW. They differ in this:
 
-- `megads`: `TrainingStep`, as `pretrain_megads.py` runs it.
+- `megads`: `TrainingStep`, as `pretrain_megads.py` runs it, but for where first weights are drawn.
 - `stock`: Megatron-Core's `GPTModel` with its own Transformer Engine spec (MLA, grouped products, all-to-all
   dispatcher) and the fusions that Megatron-LM offers for it: router, permutation, RoPE, SwiGLU,
   cross-entropy, weight gradients into FP32 buffers. Schedule, data parallelism, optimizer, precision and
@@ -16,6 +16,7 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -68,7 +69,12 @@ def _megads(config: Config, resolved: Resolved, watch: Stopwatch) -> Contender:
     from megads.mcore.backend import choose_backend
     from megads.train.step import TrainingStep
 
-    training = TrainingStep(config, resolved)
+    def draw_on_device(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+        return torch.empty(shape, device=resolved.device).normal_(0.0, std)
+
+    # A run draws its first weights on the CPU, which takes half a minute for the billions of a slice.
+    with mock.patch("megads.model.init.draw_whole", draw_on_device):
+        training = TrainingStep(config, resolved)
     training.optimizer.step = watch.watched_optimizer(training.optimizer.step)
     _, scalars = Schedules(config, resolved).at(0)
 
