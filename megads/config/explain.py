@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -142,6 +142,8 @@ def expected_value(leaf: Leaf) -> str:
             words.append("null")
         elif origin is tuple:
             words.append("a list [...]")
+        elif origin is Literal:
+            words += [json.dumps(choice) for choice in get_args(member)]
         elif is_section(origin):
             words.append("an object {...} of settings")
         elif origin in _KINDS:

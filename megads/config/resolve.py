@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from megads.config.balance import balanced_layout
 from megads.config.flops import count_parameters
 from megads.config.schedule import BatchSchedule
 from megads.config.schema import Config, Slurm, Training
@@ -131,15 +132,19 @@ def run_length(config: Config) -> tuple[int, int]:
 
 
 def pipeline_layout(config: Config) -> tuple[int, ...]:
-    """Decoder layers of each virtual stage: as given, else as even as can be.
+    """Decoder layers of each virtual stage: as given, balanced by FLOPs, else as even as can be.
 
     A remainder goes to the stages in the middle, since the first also has the embedding and the last
     the output head and MTP; `validate.check` lets no remainder pass that the user has not written down.
     """
     distributed = config.distributed
-    if distributed.pipeline_layout is not None:
+    if isinstance(distributed.pipeline_layout, tuple):
         return distributed.pipeline_layout
     stages = distributed.pipeline_parallel_size * (distributed.virtual_pipeline_parallel_size or 1)
+    if distributed.pipeline_layout == "balanced":
+        balanced = balanced_layout(config, stages, count_parameters(config))
+        if balanced is not None:  # else validate.check refuses it
+            return balanced
     even, remainder = divmod(config.model.num_layers, stages)
     lighter_last = sorted(range(stages), key=lambda stage: (stage == stages - 1, stage == 0))
     heavier = set(lighter_last[:remainder])

@@ -707,9 +707,10 @@ class Distributed(Section):
         flags=("--num-virtual-stages-per-pipeline-rank",),
         gt=1,
     )
-    pipeline_layout: tuple[int, ...] | None = setting(
+    pipeline_layout: tuple[int, ...] | Literal["balanced"] | None = setting(
         None,
-        "decoder layers of each (virtual) stage, in order of execution; null: the same for all",
+        "decoder layers of each (virtual) stage, in order of execution; null: the same for all; balanced: so "
+        "that the busiest one, with MTP and head on the last, has as little to do as can be",
     )
     expert_parallel_size: int = setting(
         1, "ranks the experts are spread over (EP)", flags=("--expert-model-parallel-size",), gt=0

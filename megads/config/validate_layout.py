@@ -101,7 +101,12 @@ def _pipeline(config: Config) -> Iterator[str]:
         )
         return
     times = f"{pp} x {vpp} virtual" if vpp else str(pp)
-    if given is None:
+    if given is not None and pp == 1:
+        yield "distributed.pipeline_layout cannot act with pipeline_parallel_size = 1: leave it out"
+    elif given == "balanced":
+        if layers < stages - 2:
+            yield f"model.num_layers = {layers} cannot fill {times} pipeline stages: use fewer stages"
+    elif given is None:
         if layers < stages:
             yield f"model.num_layers = {layers} cannot fill {times} pipeline stages: use fewer stages"
         elif layers % stages:
@@ -109,11 +114,8 @@ def _pipeline(config: Config) -> Iterator[str]:
             yield (
                 f"model.num_layers = {layers} is not divisible by {times} pipeline stages: say how many "
                 "layers "
-                f"each stage has, for instance distributed.pipeline_layout = {even}"
+                f'each stage has, for instance distributed.pipeline_layout = {even}, or "balanced"'
             )
-        return
-    if pp == 1:
-        yield "distributed.pipeline_layout cannot act with pipeline_parallel_size = 1: leave it out"
     elif len(given) != stages:
         yield f"distributed.pipeline_layout has {len(given)} entries for {times} stages: give one per stage"
     elif sum(given) != layers:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from megads.config.balance import balanced_layout
 from megads.config.flops import ParameterCounts
 from megads.config.memory import stage_memory
 from megads.config.resolve import Resolved, resolve
@@ -139,39 +140,6 @@ def _pipelines(
         if layout is not None:
             even = layout == _even(config.model.num_layers, stages)
             yield vpp, None if even else layout
-
-
-def balanced_layout(config: Config, stages: int, counts: ParameterCounts) -> tuple[int, ...] | None:
-    """Layers of each stage so that the largest sum of matrix weights is least; None where none fits.
-
-    The last stage has MTP and a head per prediction depth besides. Only the ends may have no layer.
-    """
-    head = config.model.vocab_size * config.model.mla.d_model
-    depth = len(counts.mtp_layers)
-    last = (1 + depth) * head + counts.mtp_projection + sum(layer.matrices for layer in counts.mtp_layers)
-    costs = [layer.matrices for layer in counts.layers]
-    if len(costs) < stages - 2 or stages < 2:
-        return None
-    low, high = max(max(costs), last), sum(costs) + last
-    while high - low > max(costs) // 100 + 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _fill(costs, last, stages, middle) else (middle, high)
-    return _fill(costs, last, stages, high)
-
-
-def _fill(costs: list[int], last: int, stages: int, limit: int) -> tuple[int, ...] | None:
-    """Layers of each stage with no stage above `limit`, filled from the last one; None: too many layers."""
-    layout, position = [], len(costs)
-    for stage in reversed(range(stages)):
-        sum_of_stage = last if stage == stages - 1 else 0
-        must_leave = max(0, stage - 1)  # a layer for every stage in the middle
-        taken = 0
-        while position > must_leave and sum_of_stage + costs[position - 1] <= limit:
-            position -= 1
-            sum_of_stage += costs[position]
-            taken += 1
-        layout.append(taken)
-    return tuple(reversed(layout)) if position == 0 else None
 
 
 def _static_bytes(config: Config, resolved: Resolved, counts: ParameterCounts) -> int:

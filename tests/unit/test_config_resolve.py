@@ -1,5 +1,6 @@
 """Derived values: shape, layout, precision, length."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,3 +145,12 @@ def test_planned_device() -> None:
     slurm = {"enabled": True, "gpus_per_node": 8}
     assert planned_hardware(config(distributed__slurm=slurm))[1]
     assert not planned_hardware(config(distributed={"slurm": slurm, "device": "cpu"}))[1]
+
+
+def test_a_balanced_layout_has_no_stage_with_much_more_to_do() -> None:
+    """DeepSeek-V3 on 16 stages: a head for two depths and MTP weigh as much as two to three layers."""
+    path = Path(__file__).parents[2] / "configs" / "deepseek_v3_671b.json"
+    layout = pipeline_layout(load_config(path, {"distributed.pipeline_layout": "balanced"}))
+    assert (len(layout), sum(layout)) == (16, 61)
+    assert max(layout) == 4
+    assert layout[-1] == 1

@@ -86,6 +86,8 @@ CASES: list[tuple[dict[str, Any], int, list[str]]] = [
     ({D + "pipeline_parallel_size": 13}, 13, ["cannot fill 13 pipeline stages"]),
     ({D + "virtual_pipeline_parallel_size": 2}, 1, ["needs pipeline_parallel_size > 1"]),
     ({D + "pipeline_layout": [12]}, 1, ["cannot act with pipeline_parallel_size = 1"]),
+    ({D + "pipeline_layout": "balanced"}, 1, ["cannot act with pipeline_parallel_size = 1"]),
+    ({D + "pipeline_layout": "balanced", D + "pipeline_parallel_size": 15}, 15, ["cannot fill 15"]),
     ({D + "pipeline_layout": [6, 6], D + "pipeline_parallel_size": 4}, 4, ["2 entries for 4 stages"]),
     ({D + "pipeline_layout": [6, 5], D + "pipeline_parallel_size": 2}, 2, ["places 11 layers"]),
     ({D + "pipeline_layout": [6, 0, 6], D + "pipeline_parallel_size": 3}, 3, ["only the first stage"]),

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from megads.config.balance import balanced_layout
 from megads.config.flops import count_parameters
 from megads.config.loader import load_config
 from megads.config.resolve import resolve
 from megads.config.validate import check
 from megads.plan.hardware import gpu_named
 from megads.plan.memory import memory_by_stage
-from megads.plan.search import Search, balanced_layout, search
+from megads.plan.search import Search, search
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CASES = [("deepseek_v2_lite", 64, "a100"), ("train_config_small", 8, "h100")]
