@@ -1,17 +1,19 @@
 """What a GPU is asked first: whether the GPU path does what it is said to, with time and memory.
 
-    python benchmarks/gpu_acceptance.py [--part tests demo tiny memory] [--output DIR] [--steps 1000]
+    python benchmarks/gpu_acceptance.py [--part tests demo precision tiny memory] [--output DIR]
 
 - tests: `pytest tests/gpu`.
 - demo: `tools/demo.py` on all GPUs of this machine.
+- precision: the loss in FP8 beside that in BF16, --steps steps of configs/demo.json on the demo's data; the
+  largest smoothed difference in the second half stays below DeepSeek-V3's 0.25%.
 - tiny: configs/train_config_tiny.json (about 100M parameters), --steps steps on text that this machine has
   installed: its loss falls from about 10 to about 5 in 1,000.
 - memory: what the planner predicts for slices of published models, beside what CUDA's allocator hands out.
 
 Each part has --part-seconds, so that parts can be run in calls of less than ten minutes;
 OUTPUT/acceptance.json and .md keep the parts of earlier calls. The exit code is 1 where a part failed.
-Without CUDA (--device cpu --steps 3 --mb 2 --vocab-size 2000) the tests skip themselves, the demo is left
-out, and memory is not measured: a test of this script.
+Without CUDA (--device cpu --steps 3 --mb 2 --vocab-size 2000) the tests skip themselves, the demo and what
+needs its data are left out, and memory is not measured: a test of this script.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -37,6 +40,8 @@ from megads.errors import EnvironmentSetupError
 
 TINY = ROOT / "configs" / "train_config_tiny.json"
 LEARNED_STEPS, LEARNED_LOSS = 1000, 5.5
+# DeepSeek-V3, section 3.3.
+FP8_DIFFERENCE_PERCENT = 0.25
 # How far the planner's memory may be from the allocator's.
 MEMORY_TOLERANCE = 0.15
 MEMORY_CASES = (("v3", "bf16"), ("v3", "fp8"), ("v2-lite", "bf16"), ("moonlight", "bf16"))
@@ -55,7 +60,11 @@ class Outcome:
 
 
 class PartFailed(Exception):
-    """A part did not do what it should; the message says what."""
+    """A part did not do what it should; the message says what, `facts` what it found nevertheless."""
+
+    def __init__(self, problem: str, facts: Facts | None = None) -> None:
+        super().__init__(problem)
+        self.facts = facts or {}
 
 
 class Acceptance:
@@ -67,6 +76,7 @@ class Acceptance:
         self.parts: dict[str, tuple[str, Callable[[], Facts]]] = {
             "tests": ("pytest tests/gpu", self.tests),
             "demo": ("python tools/demo.py", self.demo),
+            "precision": (f"python tools/compare_precision.py, {options.steps} steps", self.precision),
             "tiny": (f"pretrain_megads.py with configs/{TINY.name}, {options.steps} steps", self.tiny),
             "memory": ("the slices of train_gpu.py, a few steps each", self.memory),
         }
@@ -79,7 +89,7 @@ class Acceptance:
         try:
             facts = part()
         except PartFailed as failure:
-            problem = str(failure)
+            problem, facts = str(failure), failure.facts
         return Outcome(command, time.monotonic() - begun, problem, facts)
 
     def _seconds_left(self) -> float:
@@ -98,18 +108,38 @@ class Acceptance:
     def tests(self) -> Facts:
         """Every GPU test; those that cannot run say why."""
         report = self.output / "tests.xml"
+        report.unlink(missing_ok=True)
+        # They start processes of their own, most of whose time is imports.
+        side_by_side = ["-n", "4", "--dist", "loadfile"] if find_spec("xdist") else []
         try:
-            self._call("-m", "pytest", "tests/gpu", f"--junitxml={report}")
+            self._call("-m", "pytest", "tests/gpu", f"--junitxml={report}", *side_by_side)
         except PartFailed as failure:
             if not report.is_file():
                 raise
-            raise PartFailed(f"{failure}; failed: {', '.join(_failed_tests(report))}") from None
+            failed = ", ".join(_failed_tests(report))
+            raise PartFailed(f"{failure}; failed: {failed}", _counted_tests(report)) from None
         return _counted_tests(report)
 
     def demo(self) -> Facts:
         """Train, stop, resume: judged by the demo itself."""
         self._call("tools/demo.py")
         return training_facts(ROOT / "outputs" / "demo" / "metrics.jsonl")
+
+    def precision(self) -> Facts:
+        """FP8 against BF16 on the same data."""
+        compared = self.output / "precision"
+        shutil.rmtree(compared, ignore_errors=True)
+        self._call(
+            "tools/compare_precision.py", "configs/demo.json", "--steps", self.options.steps, "--a", "bf16",
+            "--b", "fp8", "--output", compared,
+        )  # fmt: skip
+        found = json.loads((compared / "comparison.json").read_text(encoding="utf-8"))
+        last = {name: round(found[f"loss_{name}"][-1], 3) for name in ("a", "b")}
+        largest = found["largest_smoothed_difference_percent"]
+        facts = {"BF16 loss": last["a"], "FP8 loss": last["b"], "largest difference, %": round(largest, 3)}
+        if largest > FP8_DIFFERENCE_PERCENT:
+            raise PartFailed(f"the smoothed losses differ by more than {FP8_DIFFERENCE_PERCENT}%", facts)
+        return facts
 
     def tiny(self) -> Facts:
         """The guide's smallest configuration on a sample corpus."""
@@ -132,19 +162,20 @@ class Acceptance:
         self._call("pretrain_megads.py", "--config", config)
         facts = training_facts(run / "metrics.jsonl")
         if not math.isfinite(facts["last loss"]) or facts["steps"] != options.steps:
-            raise PartFailed(f"it ended at step {facts['steps']} with loss {facts['last loss']}")
+            raise PartFailed(f"it ended at step {facts['steps']} with loss {facts['last loss']}", facts)
         if options.steps >= LEARNED_STEPS and facts["last loss"] > LEARNED_LOSS:
-            raise PartFailed(f"the loss fell from {facts['first loss']} to {facts['last loss']} only")
+            raise PartFailed(f"the loss fell from {facts['first loss']} to {facts['last loss']} only", facts)
         return facts
 
     def memory(self) -> Facts:
         """The planner's bytes of tensors beside the allocator's peak, and their ratio."""
-        cuda, facts, far = self.options.device == "cuda", {}, []
+        cuda, far = self.options.device == "cuda", []
+        facts: Facts = {}
         for shape, precision in MEMORY_CASES if cuda else (("tiny", "fp32"),):
             job = Job(shape, "megads", precision, self.options.device, 2, 2, False, {})
             found = run_variant(job, self._seconds_left(), self.output / "log.txt")
             if "problem" in found:
-                raise PartFailed(f"{shape} {precision}: {found['problem']}")
+                raise PartFailed(f"{shape} {precision}: {found['problem']}", facts)
             planned, peak = found["planned_bytes"], found["peak_allocated_bytes"]
             name = f"{shape} {precision}"
             facts[f"{name}: planned GiB"] = round(planned / GIB, 2)
@@ -152,7 +183,7 @@ class Acceptance:
                 facts[f"{name}: measured GiB"] = round(peak / GIB, 2)
                 far += [name] if abs(planned / peak - 1) > MEMORY_TOLERANCE else []
         if far:
-            raise PartFailed(f"off by more than {MEMORY_TOLERANCE:.0%}: {', '.join(far)}; {facts}")
+            raise PartFailed(f"off by more than {MEMORY_TOLERANCE:.0%}: {', '.join(far)}", facts)
         return facts
 
 
@@ -216,10 +247,11 @@ def _failed_tests(report: Path) -> list[str]:
 
 
 def _counted_tests(report: Path) -> Facts:
-    """Passed and skipped tests, and why they were skipped."""
-    cases = _cases(report)
+    """Passed, failed and skipped tests, and why they were skipped."""
+    cases, failed = _cases(report), len(_failed_tests(report))
     reasons = [skipped.get("message", "") for case in cases if (skipped := case.find("skipped")) is not None]
-    facts: Facts = {"passed": len(cases) - len(reasons), "skipped": len(reasons)}
+    passed = len(cases) - len(reasons) - failed
+    facts: Facts = {"passed": passed, "failed": failed, "skipped": len(reasons)}
     return facts | {f"skipped: {reason}": reasons.count(reason) for reason in sorted(set(reasons))}
 
 
@@ -237,10 +269,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parts = ("tests", "demo", "tiny", "memory")
-    parser.add_argument("--part", nargs="+", choices=parts, help="default: all; on a CPU without the demo")
+    parts = ("tests", "demo", "precision", "tiny", "memory")
+    with_data = ("demo", "precision")
+    parser.add_argument("--part", nargs="+", choices=parts, help="default: all that this device can do")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--steps", type=int, default=LEARNED_STEPS, help="of the tiny configuration")
+    parser.add_argument("--steps", type=int, default=LEARNED_STEPS, help="of the runs that it makes")
     parser.add_argument("--mb", type=int, default=32, help="megabytes of text that it trains on")
     parser.add_argument("--vocab-size", type=int, default=32768, help="of their tokenizer")
     parser.add_argument("--part-seconds", type=float, default=540, help="limit of each part")
@@ -249,7 +282,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.part is None:
-        options.part = [part for part in parts if part != "demo" or options.device == "cuda"]
+        options.part = [part for part in parts if part not in with_data or options.device == "cuda"]
     return options
 
 
