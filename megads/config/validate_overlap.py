@@ -33,6 +33,9 @@ def _expert_parallel(config: Config, device: str) -> Iterator[tuple[str, str]]:
         yield "does not work with pipeline_parallel_size > 1 without virtual stages", f"{needs}, or {off}"
     if pp > 1 and 0 in pipeline_layout(config):
         yield "does not work with a stage without decoder layers", f"change pipeline_layout, or {off}"
+    if distributed.zero_stage >= 2:
+        stage = f"does not work with zero_stage = {distributed.zero_stage}, whose gradients of a micro-batch"
+        yield f"{stage} must be complete before the next one's", f"set zero_stage to 1, or {off}"
     recompute = training.gradient_checkpointing
     if recompute in (True, "full") or (recompute == "selective" and "moe" in training.recompute_modules):
         nearest = 'gradient_checkpointing = "selective" without "moe" in recompute_modules'

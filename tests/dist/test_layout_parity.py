@@ -138,6 +138,7 @@ def test_dense_model(layout: str) -> None:
     [
         ("single", TIED, {}),
         ("dp2", {}, {}),
+        ("dp2-zero3", {}, {}),
         ("tp2", DENSE, {"distributed.sequence_parallel": False}),
         ("pp2", TIED, {}),
         ("tp2-cp2", {}, {}),

@@ -48,6 +48,7 @@ def test_what_works(settings: dict[str, Any]) -> None:
         (COMBINED | {"training.use_bf16": False}, "works in 16 bits only"),
         (COMBINED | {EP: 1}, "no exchange to hide with expert_parallel_size = 1"),
         (COMBINED | {PP: 2}, "without virtual stages"),
+        (COMBINED | {"distributed.zero_stage": 2}, "does not work with zero_stage = 2"),
         (COMBINED | {PP: 2, VPP: 2, LAYOUT: [2, 1, 1, 0]}, "a stage without decoder layers"),
         (COMBINED | {"training.gradient_checkpointing": "full"}, "MoE layers are recomputed whole"),
         (COMBINED | SELECTIVE | {"training.recompute_modules": ["moe"]}, "MoE layers are recomputed whole"),
