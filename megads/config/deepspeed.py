@@ -36,9 +36,8 @@ _NEAREST = {
     "scheduler": "the schedule is training.lr_decay_style, learning_rate, min_learning_rate, lr_warmup_steps",
     "optimizer": "the optimizer is training.optimizer, with learning_rate, weight_decay and adam_*",
     "amp": "training.use_bf16 = true is mixed precision",
-    "zero_optimization.stage3": "ZeRO-3 is not there; more tensor, pipeline or expert parallelism divides "
-    "weights",
-    "zero_optimization.offload": "distributed.zero_stage = 1 spreads optimizer state over the ranks",
+    "zero_optimization.stage3": "distributed.zero_stage = 3 gathers a layer ahead and has nothing to set",
+    "zero_optimization.offload": "distributed.zero_offload keeps Adam's moments in host memory",
     "activation_checkpointing": "training.gradient_checkpointing recomputes activations",
     "flops_profiler": "logging.profile traces steps, and metrics.jsonl has FLOPs and MFU",
     "tensorboard": "logging.tensorboard writes event files",
@@ -49,7 +48,7 @@ _NEAREST = {
     "elasticity": "a checkpoint loads in any layout: start again with another number of processes",
     "sparse_attention": "model.mla.sliding_window limits attention",
     "checkpoint": "the settings of checkpointing",
-    "aio": "nothing is offloaded to disks; distributed.zero_stage = 1 spreads optimizer state over the ranks",
+    "aio": "nothing is offloaded to disks; distributed.zero_offload keeps Adam's moments in host memory",
 }
 
 
@@ -152,6 +151,9 @@ def _counterparts(config: Config, accumulation_steps: int | None) -> dict[str, t
         "zero_optimization.overlap_comm": ("distributed.overlap_grad_reduce", overlap),
         "zero_optimization.offload_optimizer.device": (
             "distributed.zero_offload", "cpu" if distributed.zero_offload else "none",
+        ),
+        "zero_optimization.offload_optimizer.ratio": (
+            "distributed.zero_offload_fraction", distributed.zero_offload_fraction,
         ),
         "zero_optimization.offload_param.device": ("parameter offload (not offered)", "none"),
         "gradient_clipping": ("training.grad_clip", training.grad_clip),

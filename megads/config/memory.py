@@ -42,12 +42,14 @@ def stage_memory(
     Adam keeps two moments in the types that are set, SGD one in FP32; below FP32 an FP32 copy of the weights
     is kept with them. The ranks that would hold the same split state with `zero_stage` 1, gradients too with
     2, weights too with 3. With 3 what is no layer (embedding, head, MTP's projections, norms) stays gathered
-    beside its parts. `counts` are the model's parameters, for callers that ask often.
+    beside its parts. Moments in a GPU's host memory do not count. `counts` are the model's parameters, for
+    callers that ask often.
     """
     counts = counts or count_parameters(config)
     dense, expert = _parameters(config, resolved, stage, counts)
     weight_bytes = 4 if resolved.precision == "fp32" else 2
-    state_bytes = _moment_bytes(config) + (4 if weight_bytes == 2 else 0)
+    moment_bytes = _moment_bytes(config) * (1 - offloaded_fraction(config, resolved))
+    state_bytes = moment_bytes + (4 if weight_bytes == 2 else 0)
     zero = config.distributed.zero_stage
     whole, part = dense + expert, dense // (resolved.dp * resolved.cp) + expert // resolved.edp
     gathered = _outside_layers(resolved, stage, counts, tied=config.model.tie_word_embeddings)
@@ -57,7 +59,7 @@ def stage_memory(
         expert_parameters=expert,
         weights_bytes=weight_bytes * (part + gathered if zero == 3 else whole),
         gradients_bytes=4 * (part if zero >= 2 else whole),
-        optimizer_bytes=state_bytes * (part if zero >= 1 else whole),
+        optimizer_bytes=round(state_bytes * (part if zero >= 1 else whole)),
     )
 
 
@@ -68,6 +70,13 @@ def largest_layer(config: Config, resolved: Resolved) -> int:
         _dense(config, resolved, layer) + layer.experts // (resolved.ep * resolved.etp)
         for layer in {*counts.layers, *counts.mtp_layers}
     )
+
+
+def offloaded_fraction(config: Config, resolved: Resolved) -> float:
+    """The share of Adam's moments that lies in host memory instead of a GPU's."""
+    distributed = config.distributed
+    offloads = distributed.zero_offload and resolved.device == "cuda"
+    return distributed.zero_offload_fraction if offloads else 0.0
 
 
 def _moment_bytes(config: Config) -> int:

@@ -17,12 +17,10 @@ def not_yet(config: Config, cuda: bool) -> Iterator[str]:
 
 
 def _missing_features(config: Config) -> Iterator[str]:
-    mla, distributed = config.model.mla, config.distributed
-    spread = "zero_stage = 1, which spreads it over the data-parallel ranks"
+    mla = config.model.mla
     # (asked for, setting, what is missing, nearest thing that works)
     table = [
         (mla.use_fp8_kv, "model.mla.use_fp8_kv", "an FP8 latent cache", "false"),
-        (distributed.zero_offload, "distributed.zero_offload", "optimizer state in host memory", spread),
     ]
     for asked, setting, what, nearest in table:
         if asked:
@@ -37,6 +35,11 @@ def _wrong_device(config: Config, cuda: bool) -> Iterator[str]:
         yield "training.use_fp16 needs CUDA, and this run is on the CPU: use_bf16 = true (the CPU runs FP32)"
     if device == "cpu" and config.model.backend == "transformer_engine":
         yield 'model.backend = "transformer_engine" needs CUDA, and this run is on the CPU: use "auto"'
+    if device == "cpu" and config.distributed.zero_offload:
+        yield (
+            "distributed.zero_offload needs CUDA: a run on the CPU has its optimizer state in host memory "
+            "already: set it to false"
+        )
     if device == "cpu" and backend == "nccl":
         yield 'distributed.backend = "nccl" needs CUDA, and this run is on the CPU: use "auto" or "gloo"'
     if device == "cuda" and cuda and backend == "gloo":

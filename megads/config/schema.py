@@ -728,7 +728,15 @@ class Distributed(Section):
         "(2, 3: Megatron-FSDP)",
         source="arXiv:1910.02054",
     )
-    zero_offload: bool = setting(False, "optimizer state in host memory (CUDA only)")
+    zero_offload: bool = setting(
+        False,
+        "Adam's moments in host memory, fetched by every step (CUDA only)",
+        source="arXiv:2101.06840",
+        flags=("--optimizer-cpu-offload",),
+    )
+    zero_offload_fraction: float = setting(
+        1.0, "of the moments that are in host memory", gt=0, le=1, flags=("--optimizer-offload-fraction",)
+    )
     overlap_grad_reduce: bool = setting(
         True, "reduce gradients during backward", flags=("--overlap-grad-reduce",)
     )

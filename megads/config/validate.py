@@ -121,6 +121,8 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["model.moe.min_expert_capacity"], "capacity_factor is null, so nothing is dropped"
     if not config.model.mla.use_flash_mla:
         yield ["model.mla.fallback_to_dense"], "use_flash_mla is false"
+    if not config.distributed.zero_offload:
+        yield ["distributed.zero_offload_fraction"], "zero_offload is false"
     yield from validate_precision.inert_precision(config)
     yield from _inert_checks(config)
 

@@ -12,8 +12,20 @@ def zero_problems(config: Config) -> Iterator[str]:
             f'training.optimizer = "sgd" with distributed.zero_stage = {config.distributed.zero_stage}: '
             'Megatron-Core shards the state of Adam only: use "adamw", or zero_stage = 0'
         )
+    if config.distributed.zero_offload:
+        yield from _offload(config)
     if config.distributed.zero_stage >= 2:
         yield from _fully_sharded(config)
+
+
+def _offload(config: Config) -> Iterator[str]:
+    if config.distributed.zero_stage == 0:
+        yield (
+            "distributed.zero_offload with zero_stage = 0: every rank would keep all moments in host memory: "
+            "set zero_stage to 1 or more, which divides them first"
+        )
+    if config.training.optimizer == "sgd":
+        yield 'distributed.zero_offload is for Adam: set it to false with training.optimizer = "sgd"'
 
 
 def _fully_sharded(config: Config) -> Iterator[str]:

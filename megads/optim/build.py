@@ -2,7 +2,8 @@
 
 The optimizer is Megatron-Core's: sharded over data parallelism with `zero_stage` 1, with FP32 master
 weights for 16-bit models. It takes Transformer Engine's fused Adam where that is installed, then
-NVIDIA's apex, then torch's; with BF16 moments ours (`adam.py`) in place of torch's.
+NVIDIA's apex, then torch's; with BF16 moments ours (`adam.py`) in place of torch's, with moments in host
+memory in place of any.
 """
 
 import math
@@ -14,6 +15,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_meg
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.utils import get_model_config
 
+from megads.config.memory import offloaded_fraction
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.mcore.translate import DTYPES, ddp_config, optimizer_config
@@ -87,11 +89,12 @@ def build_optimizer(config: Config, resolved: Resolved, chunks: list[DataParalle
     get_model_config(chunks[0]).grad_scale_func = optimizer.scale_loss
     share_loss_scale(optimizer)
     _refuse_nonfinite_gradients(optimizer)
-    moments = config.training.adam_exp_avg_dtype, config.training.adam_exp_avg_sq_dtype
-    low_precision = config.training.optimizer != "sgd" and moments != ("fp32", "fp32")
+    exp_avg, exp_avg_sq = config.training.adam_exp_avg_dtype, config.training.adam_exp_avg_sq_dtype
+    host_fraction = offloaded_fraction(config, resolved)
+    as_torchs = exp_avg == exp_avg_sq == "fp32" and not host_fraction
     for inner in optimizer.chained_optimizers:
-        if low_precision:
-            use_moments_of(inner, *(DTYPES[dtype] for dtype in moments))
+        if config.training.optimizer != "sgd" and not as_torchs:
+            use_moments_of(inner, DTYPES[exp_avg], DTYPES[exp_avg_sq], host_fraction)
         elif isinstance(inner.optimizer, _TORCH_ADAM):
             # One pass over the weights instead of about ten; Megatron-Core does not ask for it.
             inner.optimizer.defaults["fused"] = True

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import to_local_if_dtensor
 from torch import Tensor
 
 from megads.optim import build
@@ -157,7 +158,7 @@ def start_from_weights(
 
 def _moments(optimizer: MegatronOptimizer, parameter: torch.nn.Parameter) -> dict[str, Tensor]:
     state = optimizer.optimizer.state[parameter]
-    return {name: tensor._local_tensor for name, tensor in state.items() if name != "step"}
+    return {name: to_local_if_dtensor(tensor) for name, tensor in state.items() if name != "step"}
 
 
 def _groups(optimizer: MegatronOptimizer, expert: bool, steps: int) -> list[dict[str, Any]]:

@@ -72,6 +72,12 @@ def load_weights_only(settings: dict[str, Any], directory: Path) -> dict[str, An
     return {"loaded": tiny.shards(step)}
 
 
+def train_offloaded(settings: dict[str, Any], directory: Path, resume: bool) -> dict[str, Any]:
+    """As on a GPU half of the moments would be offloaded; here all memory is the host's."""
+    with mock.patch("megads.optim.build.offloaded_fraction", return_value=0.5):
+        return (go_on_bf16 if resume else train_bf16)(settings, directory)
+
+
 def overflow(settings: dict[str, Any]) -> dict[str, Any]:
     """One step with an infinite gradient on one rank only, then a sound one."""
     import torch.distributed as dist
@@ -171,6 +177,16 @@ def test_low_precision_moments(tmp_path: Path) -> None:
     assert whole(found, "saved")["optimizer.state.exp_avg.output_layer.weight"].dtype == torch.bfloat16
     after = job("dp2-zero3", go_on_bf16, BF16_MOMENTS, directory=tmp_path)
     assert after[0]["losses"] == found[0]["losses"][2:]
+    assert not differences(whole(after, "end"), whole(found, "end"))
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2-zero3"])
+def test_offloaded_moments_change_nothing_and_resume(layout: str, tmp_path: Path, zero3_in_bf16: Any) -> None:
+    found = job(layout, train_offloaded, directory=tmp_path, resume=False)
+    after = job(layout, train_offloaded, directory=tmp_path, resume=True)
+    expected, losses = zero3_in_bf16[1][0]["losses"], found[0]["losses"]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=2e-3, atol=0)
+    assert after[0]["losses"] == losses[2:]
     assert not differences(whole(after, "end"), whole(found, "end"))
 
 

@@ -99,3 +99,45 @@ def test_parameters_without_a_gradient_are_left_alone() -> None:
     optimizer.step()
     assert torch.equal(ours[1], before)
     assert list(optimizer.state) == [ours[0]]
+
+
+@pytest.mark.parametrize(("fraction", "on_host"), [(0.0, []), (0.5, [2, 3]), (1.0, [0, 1, 2, 3])])
+def test_a_share_of_the_moments_is_in_host_memory(
+    fraction: float, on_host: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more elements than asked for, in the order of the parameters."""
+    made: list[tuple[int, bool]] = []
+    place = Adam._next_is_on_host
+    monkeypatch.setattr(
+        Adam, "_next_is_on_host", lambda self, size: made.append((size, place(self, size))) or made[-1][1]
+    )
+    ours = parameters()
+    step(
+        Adam(
+            groups(ours), exp_avg_dtype=torch.float32, exp_avg_sq_dtype=torch.float32, host_fraction=fraction
+        ),
+        ours,
+        0,
+    )
+    assert [size for size, _ in made] == [300, 1000, 7, 64]
+    chosen = [index for index, (_, host) in enumerate(made) if host]
+    assert sum(made[index][0] for index in chosen) <= fraction * 1371
+    assert chosen == on_host
+
+
+def test_loading_keeps_the_tensors_and_takes_the_count_of_groups() -> None:
+    """Where Transformer Engine is installed Megatron-Core gives the number of steps by group only."""
+    ours = parameters()
+    optimizer = low_precision(ours, torch.float32)
+    step(optimizer, ours, 0)
+    before = optimizer.state[ours[0]]["exp_avg"]
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["step"] = 7
+    for state in saved["state"].values():
+        del state["step"]
+        state["exp_avg"] += 1
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[ours[0]]["exp_avg"] is before
+    assert torch.equal(before, saved["state"][0]["exp_avg"])
+    assert {float(state["step"]) for state in optimizer.state.values()} == {7.0}

@@ -22,6 +22,7 @@ OURS = {
     "distributed.zero_stage": 1,
     "distributed.overlap_grad_reduce": True,
     "distributed.zero_offload": False,
+    "distributed.zero_offload_fraction": 1.0,
 }
 
 
@@ -39,6 +40,7 @@ def problems(accumulation_steps: int | None = None, **block: Any) -> list[str]:
         ({"zero_optimization": {"stage": 2}}, "distributed.zero_stage is 1"),
         ({"zero_optimization": {"overlap_comm": False}}, "distributed.overlap_grad_reduce is True"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "distributed.zero_offload"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.3}}}, "distributed.zero_offload_fraction"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "not offered"),
         ({"gradient_accumulation_steps": 3}, "micro_batch_size x data parallelism"),
         ({"zero_optimization": {"stge": 1}}, "did you mean zero_optimization.stage?"),

@@ -111,6 +111,12 @@ def test_memory_of_one_process_adds_up() -> None:
     # Default model, FP32: weights, gradients and two moments of every parameter.
     assert memory.total_bytes == 16 * memory.parameters
     in_bf16 = heaviest_stage(config, resolve(config, 1, cuda=True))
+    offload = {"distributed.zero_offload": True, "distributed.zero_offload_fraction": 0.5}
+    offloaded = load_config(None, offload)
+    moments = (
+        in_bf16.optimizer_bytes - heaviest_stage(offloaded, resolve(offloaded, 1, cuda=True)).optimizer_bytes
+    )
+    assert moments == 4 * in_bf16.parameters
     assert in_bf16.total_bytes == (2 + 4 + 12) * memory.parameters
 
 

@@ -181,7 +181,7 @@ CASES: list[tuple[dict[str, Any], int, list[str]]] = [
     ({D + "zero_stage": 2, D + "overlap_grad_reduce": False}, 1, ["overlap_grad_reduce = false"]),
     ({D + "zero_stage": 3, D + "overlap_param_gather": False}, 1, ["overlap_param_gather = false"]),
     ({T + "optimizer": "sgd", D + "zero_stage": 2}, 1, ["sgd", "adamw", "zero_stage = 0"]),
-    ({D + "zero_offload": True}, 1, ["zero_offload"]),
+    ({D + "zero_offload": True}, 1, ["zero_offload needs CUDA", "set it to false"]),
     ({T + "use_fp16": True, T + "use_bf16": False}, 1, ["use_fp16 needs CUDA"]),
     ({D + "device": "cuda"}, 1, ["no CUDA device"]),
     ({D + "backend": "nccl"}, 1, ["nccl", "gloo"]),
@@ -227,6 +227,14 @@ def test_gloo_is_refused_on_cuda_but_not_where_the_cpu_is_asked_for() -> None:
     (problem,) = problems(cuda=True, distributed__backend="gloo")
     assert "cannot carry" in problem
     assert problems(cuda=True, distributed__backend="gloo", distributed__device="cpu") == []
+
+
+def test_offload_is_of_moments_that_are_divided() -> None:
+    assert problems(cuda=True, distributed__zero_offload=True) == []
+    changes = {"distributed__zero_offload": True, "distributed__zero_stage": 0, "training__optimizer": "sgd"}
+    undivided, other_optimizer = problems(cuda=True, **changes)
+    assert "zero_stage to 1" in undivided
+    assert "is for Adam" in other_optimizer
 
 
 def test_all_problems_come_in_one_numbered_error() -> None:
