@@ -56,7 +56,7 @@ def choose_fusions(config: Config, resolved: Resolved) -> Fusions:
 
 @functools.cache
 def triton_problem() -> str | None:
-    """Why Triton, which all of them but one are written in or compiled to, cannot be used; None: it can."""
+    """Why Triton, which all of them are written in or compiled to, cannot be used; None: it can."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     compilers = filter(None, (os.environ.get("CC"), "cc", "gcc", "clang"))
