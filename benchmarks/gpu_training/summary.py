@@ -17,7 +17,7 @@ Row = list[str]
 
 @dataclass(frozen=True)
 class Variant:
-    """A contender in a precision on a shape: its rounds, or why there are none."""
+    """A contender in a precision on a shape: its rounds, and why there are no (further) ones."""
 
     shape: str
     precision: str
@@ -102,6 +102,7 @@ def speed_rows(variants: list[Variant]) -> Iterator[Row]:
             continue
         low, high = min(variant.seconds_by_round), max(variant.seconds_by_round)
         planned = variant.rounds[0].planned_bytes / GIB
+        then = f"; then {variant.problem}" if variant.problem else ""
         yield [
             *names,
             f"{variant.tokens_per_second:,.0f}",
@@ -109,7 +110,7 @@ def speed_rows(variants: list[Variant]) -> Iterator[Row]:
             f"{variant.utilization:.1%}",
             f"{variant.utilization_whole_square:.1%}",
             f"{1e3 * variant.seconds:.1f}",
-            f"{1e3 * low:.1f} to {1e3 * high:.1f}",
+            f"{1e3 * low:.1f} to {1e3 * high:.1f}{then}",
             f"{variant.peak_bytes / GIB:.1f}" if variant.peak_bytes else "",
             f"{planned:.1f}" if variant.contender == "megads" else "",
             f"{statistics.median(one.max_vio for one in variant.rounds):.2f}",

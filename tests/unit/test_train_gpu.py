@@ -313,6 +313,8 @@ def test_tables_have_a_cell_for_every_heading_and_say_why_there_is_nothing() -> 
         assert len({len(row) for row in rows}) == 1
         assert summary.as_markdown(rows).count("\n") == len(rows)
     assert "out of memory" in summary.as_markdown(list(summary.speed_rows(variants)))
+    cut_off = replace(variants[0], problem="no time was left")
+    assert "; then no time was left" in summary.as_markdown(list(summary.speed_rows([cut_off])))
 
 
 def test_every_contender_in_every_precision_by_default_and_settings_pass_through() -> None:
