@@ -27,6 +27,7 @@ from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
 from megads.mcore.backend import choose_backend
+from megads.mcore.fusions import choose_fusions
 from megads.train.machines import (
     Finding,
     Report,
@@ -135,6 +136,7 @@ def machine_facts(config: Config, resolved: Resolved) -> dict[str, str]:
     facts = {"Python": platform.python_version()}
     facts |= {package: _package_version(package) for package in PACKAGES}
     facts["what computes the layers"] = choose_backend(config, resolved).name
+    facts["the fused kernels"] = choose_fusions(config, resolved).describe()
     if resolved.device == "cuda":
         facts["the GPU"] = torch.cuda.get_device_name()
         facts["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))

@@ -15,6 +15,7 @@ from megads.mcore import fusions
 from megads.mcore.backend import Choice
 from megads.mcore.fusions import Fusions, choose_fusions
 from megads.mcore.translate import transformer_config
+from megads.train.preflight import machine_facts
 from tests.dist import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,12 @@ def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "C compiler" in (fusions.triton_problem.__wrapped__() or "")
     monkeypatch.setattr(fusions, "find_spec", lambda name: None)
     assert "not installed" in (fusions.triton_problem.__wrapped__() or "")
+
+
+def test_a_rank_that_takes_other_kernels_is_found_before_the_first_step() -> None:
+    """Those of a loss over tensor parallelism exchange other things."""
+    config = load_config(None, tiny.BASE)
+    assert machine_facts(config, resolve(config, 1, cuda=False))["the fused kernels"] == "none"
 
 
 @pytest.mark.parametrize("taken", [NATIVE, Fusions()])
