@@ -58,8 +58,8 @@ def test_impossible_layouts_are_told_at_once() -> None:
 
 
 def test_a_feature_that_does_not_work_yet() -> None:
-    done = pretrain("--config", "configs/debug.json", "--training.use_fp8")
-    assert_told(done, "ConfigError", 2, "training.use_fp8", "use_bf16")
+    done = pretrain("--config", "configs/debug.json", "--model.mla.use_fp8_kv")
+    assert_told(done, "ConfigError", 2, "model.mla.use_fp8_kv", "an FP8 latent cache")
 
 
 def test_an_error_under_torchrun_is_told_once() -> None:
