@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -54,6 +55,11 @@ class FullyShardedChunk(FullyShardedDataParallel):  # type: ignore[misc]
         super().__init__(transformer, ddp, chunk)
         # It copies the optimizer's weights over the model's, which is wrong where only these were loaded.
         self.module._load_state_dict_post_hook.remove()
+        if not torch.cuda.is_available():
+            # gloo gathers in threads of its own, into memory that Megatron-FSDP, which counts on the order of
+            # CUDA's streams, frees and takes again: with recomputation one run in twenty crashed.
+            pipeline = self.module.all_gather_pipeline
+            pipeline.all_gather_params = partial(pipeline.all_gather_params, async_param_gather=False)
         for _, optimized in self.param_and_grad_buffer.optimizer_named_parameters:
             # Not among the attributes that Megatron-FSDP hands on; without it the gradient norm misses the
             # experts of all tensor-parallel ranks but the first.

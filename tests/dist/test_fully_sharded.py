@@ -14,6 +14,7 @@ import torch
 
 from tests.dist import tiny
 from tests.dist.harness import run_distributed
+from tests.dist.test_layout_parity import TIED, assert_same_run
 from tests.dist.test_resume import load, save
 from tests.dist.tiny import LAYOUTS
 
@@ -178,6 +179,13 @@ def test_low_precision_moments(tmp_path: Path) -> None:
     after = job("dp2-zero3", go_on_bf16, BF16_MOMENTS, directory=tmp_path)
     assert after[0]["losses"] == found[0]["losses"][2:]
     assert not differences(whole(after, "end"), whole(found, "end"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"training.gradient_checkpointing": "full"}, TIED], ids=["recompute", "tied"]
+)
+def test_layers_computed_twice_and_weights_used_twice(changes: dict[str, Any]) -> None:
+    assert_same_run("dp2-zero3", changes)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2-zero3"])
