@@ -150,11 +150,11 @@ def _load(
 def check_optimizer_format(found: commit.CheckpointInfo, record: dict[str, Any], step: TrainingStep) -> None:
     """Raises CheckpointError where Megatron-Core's optimizers do not read each other's state.
 
-    The sharded one has FP32 weights in any precision, the other one only beside 16-bit weights.
+    The sharded one, the same for `zero_stage` 1 to 3, has FP32 weights in any precision, the other one only beside 16-bit weights.
     """
     then, now = record["config"]["distributed"]["zero_stage"], step.config.distributed.zero_stage
     precisions = record["resolved"]["precision"], step.resolved.precision
-    if then != now:
+    if (then == 0) != (now == 0):
         raise CheckpointError(
             f"{found.path}: its optimizer is of distributed.zero_stage = {then}, and this run has {now}: set "
             f"it to {then}, or start a new run with the weights alone (checkpointing.init_from)"

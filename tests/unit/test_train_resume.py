@@ -36,6 +36,11 @@ def test_the_other_one_does_within_16_bits() -> None:
         check((0, "fp16"), (0, "fp32"))
 
 
+@pytest.mark.parametrize(("then", "now"), [(1, 3), (3, 1), (2, 3), (2, 1)])
+def test_stages_that_shard_it_read_each_other(then: int, now: int) -> None:
+    check((then, "bf16"), (now, "bf16"))
+
+
 def test_they_do_not_read_each_other() -> None:
     with pytest.raises(CheckpointError, match=r"zero_stage = 0, and this run has 1: set it to 0"):
         check((0, "bf16"), (1, "bf16"))
