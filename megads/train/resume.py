@@ -150,7 +150,8 @@ def _load(
 def check_optimizer_format(found: commit.CheckpointInfo, record: dict[str, Any], step: TrainingStep) -> None:
     """Raises CheckpointError where Megatron-Core's optimizers do not read each other's state.
 
-    The sharded one, the same for `zero_stage` 1 to 3, has FP32 weights in any precision, the other one only beside 16-bit weights.
+    The sharded one, the same for `zero_stage` 1 to 3, has FP32 weights in any precision, the other one only
+    beside 16-bit weights.
     """
     then, now = record["config"]["distributed"]["zero_stage"], step.config.distributed.zero_stage
     precisions = record["resolved"]["precision"], step.resolved.precision
