@@ -20,7 +20,6 @@ alternating, on a CPU whose exchange costs next to nothing.
 import argparse
 import json
 import os
-import socket
 import statistics
 import sys
 import time
@@ -39,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megads.config.loader import load_config
 from megads.config.resolve import resolve
 from megads.mcore.groups import destroy_process_groups, initialize_device, initialize_process_groups
+from megads.ports import free_port
 
 CONFIG = Path(__file__).parents[1] / "configs" / "deepseek_v3_671b.json"
 BYTES = 4  # FP32
@@ -168,11 +168,8 @@ def _worker(rank: int, ranks: int, port: int, seq_length: int, rounds: int, resu
 
 
 def _measure(ranks: int, seq_length: int, rounds: int) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    spawn(_worker, (ranks, port, seq_length, rounds, results), nprocs=ranks)
+    spawn(_worker, (ranks, free_port(), seq_length, rounds, results), nprocs=ranks)
     return results.get()  # type: ignore[no-any-return]
 
 

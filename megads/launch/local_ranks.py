@@ -8,12 +8,13 @@ fork is loaded once and in memory once. No rendezvous and no restarts: see `tool
 import ctypes
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+
+from megads.ports import free_port
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Exit codes that all processes have agreed on (errors.RunStopped and BudgetReached): each ends by itself.
@@ -39,7 +40,7 @@ def fork_ranks(processes: int, load: Callable[[], None]) -> int | None:
         # Each would take all cores; torchrun's default too. Libraries read it when they are imported.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     load()
-    os.environ |= shared | {"MASTER_PORT": str(_free_port())}
+    os.environ |= shared | {"MASTER_PORT": str(free_port())}
     ranks = _Ranks()
     return ranks.wait() if ranks.fork(processes) else None
 
@@ -140,10 +141,3 @@ def _end_with(launcher: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # killed before
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _free_port() -> int:
-    """A port where rank 0 can open the store of the job."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -17,6 +17,7 @@ from megads.config.resolve import Resolved
 from megads.errors import EnvironmentSetupError, MegadsError
 from megads.mcore.compat import check_megatron_version, quiet_megatron
 from megads.mcore.imports import import_megatron
+from megads.ports import free_port
 
 _store: Store | None = None
 _groups_made = _decisions_made = 0
@@ -133,14 +134,6 @@ def _job_store(timeout: datetime.timedelta) -> Store:
         for name, value in (("MASTER_ADDR", "127.0.0.1"), ("RANK", "0"), ("WORLD_SIZE", "1")):
             os.environ.setdefault(name, value)
         if "MASTER_PORT" not in os.environ:
-            os.environ["MASTER_PORT"] = str(_free_port())
+            os.environ["MASTER_PORT"] = str(free_port())
         _store, _, _ = next(rendezvous("env://", timeout=timeout))
     return _store
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,11 +8,12 @@ import io
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from megads.ports import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.dist.preload"])
@@ -51,12 +52,6 @@ def _worker(rank: int, size: int, port: int, results: Any, released: Any, job: b
         results.put((rank, None, traceback.format_exc()))
     # The others may still be talking to this process: it serves the store, or is the peer of a connection.
     released.wait(timeout=600)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_distributed(

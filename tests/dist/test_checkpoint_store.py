@@ -22,7 +22,8 @@ from megads.checkpoint import commit
 from megads.checkpoint.commit import CheckpointInfo
 from megads.checkpoint.manifest import read_manifest, seal_files, write_manifest
 from megads.errors import CheckpointError, TrainingError
-from tests.dist.harness import free_port, run_distributed
+from megads.ports import free_port
+from tests.dist.harness import run_distributed
 
 ROWS, COLUMNS = 24, 5
 

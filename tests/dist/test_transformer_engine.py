@@ -18,8 +18,9 @@ from unittest import mock
 import pytest
 import torch
 
+from megads.ports import free_port
 from tests.dist import tiny
-from tests.dist.harness import free_port, run_distributed
+from tests.dist.harness import run_distributed
 from tests.dist.test_resume import load, save
 
 pytestmark = pytest.mark.skipif(

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from megads.ports import free_port
+
 NODES = ("n1", "n2")
 LONGEST_SECONDS = 240.0
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -32,14 +34,6 @@ def missing() -> str | None:
 
 def _path() -> str:
     return f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 class SlurmCluster:
@@ -79,7 +73,7 @@ class SlurmCluster:
         return self.directory / "munge" / "socket"
 
     def _write_configuration(self) -> None:
-        controller, *daemons = _free_ports(1 + len(NODES))
+        controller, *daemons = [free_port() for _ in range(1 + len(NODES))]
         cores = os.cpu_count() or 1
         host = socket.gethostname()
         lines = [

@@ -3,13 +3,13 @@
 import os
 import re
 import shlex
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 from megads.errors import DataError
+from megads.ports import free_port
 from tests.e2e.commands import ENVIRONMENT, ROOT, Finished, records, run, steps
 from tests.unit.test_launch_hosts import SSH
 
@@ -22,11 +22,6 @@ sys.exit(7)
 
 def launch(*arguments: object, **environment: str) -> Finished:
     return run([sys.executable, ROOT / "tools" / "run_training.py", *arguments], environment=environment)
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as one:
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture

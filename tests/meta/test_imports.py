@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (
-    ("errors", "log", "command_line"), ("config",), ("mcore", "report", "plan", "launch"),
+    ("errors", "log", "command_line", "ports"), ("config",), ("mcore", "report", "plan", "launch"),
     ("model", "data", "optim"), ("checkpoint",), ("train",),
 )  # fmt: skip
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}
