@@ -1,6 +1,7 @@
 """What a run does when its gradients or its loss go wrong, with the faults injected into real runs."""
 
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ def test_a_lasting_spike_goes_back_and_past_its_data(config: Path, processes: in
         assert state["samples"] - state["skipped_samples"] == 60 * 4
     train = records(output, "train")
     assert [record["step"] for record in train] == list(range(1, 61))
-    assert train[-1]["lm_loss"] < rollback["median_loss"]
+    # As good as before the spike, which was four times as high; a step of 128 tokens may be off by a tenth.
+    assert statistics.median(record["lm_loss"] for record in train[-10:]) < rollback["median_loss"] + 0.1
     full, halved = (next(r for r in train if r["step"] == step)["learning_rate"] for step in (30, 31))
     assert halved == pytest.approx(full / 2, rel=0.1)
     assert (output / "metrics.superseded.jsonl").exists()
