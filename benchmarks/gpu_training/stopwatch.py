@@ -4,11 +4,12 @@ On CUDA the marks are events on the device's stream, so that the time of a phase
 Recomputation is part of backward; data-parallel bookkeeping and bias updates are "other".
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megads.train.phases import seconds_between, time_mark
 
 PHASES = ("forward", "backward", "optimizer", "other")
 
@@ -27,12 +28,7 @@ class Stopwatch:
 
     def mark(self, phase: str) -> None:
         """End `phase` here."""
-        if not self._cuda:
-            self._marks.append((phase, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append((phase, event))
+        self._marks.append((phase, time_mark(self._cuda)))
 
     def watch_forward(self, model: torch.nn.Module) -> None:
         """Mark each call of `model`, the outermost module; what follows a forward pass is backward."""
@@ -59,14 +55,5 @@ class Stopwatch:
         self.mark("other")
         found = dict.fromkeys(PHASES, 0.0)
         for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
-            found[phase] += _seconds_between(begin, end)
+            found[phase] += seconds_between(begin, end)
         return found
-
-
-def _seconds_between(begin: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
-    if isinstance(begin, float):
-        assert isinstance(end, float)
-        return end - begin
-    assert isinstance(end, torch.cuda.Event)
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000

@@ -6,6 +6,7 @@ Shapes: T dispatched tokens sorted by expert, E local experts, H hidden, I exper
 part under expert tensor parallelism).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from megads.model.functional import swiglu
 
 
-class Experts(MegatronModule):
+class Experts(MegatronModule, ABC):
     """The routed experts of a rank, however they are computed.
 
     In a checkpoint they are `weight1` [E, 2, I, H] (gate, up) and `weight2` [E, H, I] over all ranks;
@@ -44,9 +45,9 @@ class Experts(MegatronModule):
         width, hidden = config.moe_ffn_hidden_size // pg_collection.expt_tp.size(), config.hidden_size
         self.expert_shapes = {"weight1": (2, width, hidden), "weight2": (hidden, width)}
 
+    @abstractmethod
     def expert_weights(self, name: str) -> list[Tensor]:
         """`weight1` or `weight2` of each of this rank's experts, in order, to be filled in place."""
-        raise NotImplementedError
 
     def activate_and_project(
         self, gate_up_TX: Tensor, gates_T: Tensor, project: Callable[[Tensor], Tensor]

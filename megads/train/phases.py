@@ -35,13 +35,13 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """What runs inside belongs to this phase, one of PHASES."""
         around = self._open[-1] if self._open else None
-        begin = self._mark()
+        begin = time_mark(self._cuda)
         self._open.append(name)
         try:
             yield
         finally:
             self._open.pop()
-            self._done.append(_Phase(name, around, begin, self._mark()))
+            self._done.append(_Phase(name, around, begin, time_mark(self._cuda)))
 
     def each[T](self, name: str, items: Iterator[T]) -> Iterator[T]:
         """`items`, the waiting for each of which belongs to a phase."""
@@ -57,22 +57,25 @@ class PhaseClock:
         """Seconds of each phase since the last call, 0 for those that did not occur. Waits for the device."""
         seconds = dict.fromkeys(PHASES, 0.0)
         for phase in self._done:
-            spent = _seconds_between(phase.begin, phase.end)
+            spent = seconds_between(phase.begin, phase.end)
             seconds[phase.name] += spent
             if phase.around is not None:
                 seconds[phase.around] -= spent
         self._done.clear()
         return seconds
 
-    def _mark(self) -> "torch.cuda.Event | float":
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def time_mark(cuda: bool) -> "torch.cuda.Event | float":
+    """Now, on the device's own clock."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def _seconds_between(begin: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
+def seconds_between(begin: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
+    """From one `time_mark` to another; waits until a device has passed both."""
     if isinstance(begin, float):
         assert isinstance(end, float)
         return end - begin

@@ -32,6 +32,7 @@ from megads.config.flops import count_parameters  # noqa: E402
 from megads.config.loader import load_config  # noqa: E402
 from megads.errors import ConfigError  # noqa: E402
 from megads.plan.hardware import GPUS  # noqa: E402
+from megads.train import phases  # noqa: E402
 
 H200 = GPUS["h200"].memory_bytes
 MODELS = ("v3", "v2-lite", "moonlight")
@@ -172,7 +173,7 @@ def test_on_a_cpu_operators_are_counted_by_their_own_time() -> None:
 
 def test_time_belongs_to_the_phase_that_a_mark_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: now[0])
 
     def spend(seconds: float) -> None:
         now[0] += seconds
