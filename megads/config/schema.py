@@ -754,6 +754,13 @@ class Distributed(Section):
         "compute the shared experts during the exchange of tokens",
         flags=("--moe-shared-expert-overlap",),
     )
+    delay_wgrad_compute: bool = setting(
+        False,
+        "compute a layer's weight gradients after the gradients that other ranks wait for (with "
+        "overlap_expert_parallel, through Transformer Engine)",
+        source=f"Zero Bubble, arXiv:2401.10241; {V3}, section 3.2.1",
+        flags=("--delay-wgrad-compute",),
+    )
     timeout_minutes: float = setting(
         10.0,
         "a collective that takes longer ends the job",

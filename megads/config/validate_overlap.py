@@ -1,4 +1,4 @@
-"""Errors of overlapping the exchange of tokens with computation: where that cannot work or hides nothing."""
+"""Errors of overlapping communication with computation: where that cannot work or hides nothing."""
 
 from collections.abc import Iterator
 
@@ -16,6 +16,9 @@ def overlap_problems(config: Config, cuda: bool) -> Iterator[str]:
     if distributed.overlap_shared_experts:
         for reason, instead in _shared_experts(config):
             yield f"distributed.overlap_shared_experts {reason}: {instead}"
+    if distributed.delay_wgrad_compute:
+        for reason, instead in _delayed_weight_gradients(config):
+            yield f"distributed.delay_wgrad_compute {reason}: {instead}"
 
 
 def _expert_parallel(config: Config, device: str) -> Iterator[tuple[str, str]]:
@@ -61,3 +64,17 @@ def _shared_experts(config: Config) -> Iterator[tuple[str, str]]:
         yield "has no exchange to hide without expert or tensor parallelism", "set it to false"
     if training.gradient_checkpointing == "selective" and "shared_experts" in training.recompute_modules:
         yield "does not work with shared_experts in recompute_modules", "leave out one of them"
+
+
+def _delayed_weight_gradients(config: Config) -> Iterator[tuple[str, str]]:
+    """What it needs besides `overlap_expert_parallel`, which has reasons of its own."""
+    if not config.distributed.overlap_expert_parallel:
+        yield (
+            "needs the combined schedule, which calls for them later",
+            "set overlap_expert_parallel, or false",
+        )
+    if config.model.backend == "native":
+        yield (
+            "needs Transformer Engine, whose linears can put them off",
+            'set model.backend to "auto", or false',
+        )

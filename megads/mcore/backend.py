@@ -33,8 +33,18 @@ def choose_backend(config: Config, resolved: Resolved) -> Choice:
     are rounded to TF32, so an FP32 run is native, as is one on the CPU.
 
     Raises:
-        EnvironmentSetupError: Transformer Engine is asked for and cannot be imported.
+        EnvironmentSetupError: Transformer Engine is asked for, or needed, and cannot be imported.
     """
+    choice = _choose(config, resolved)
+    if choice.name == "native" and config.distributed.delay_wgrad_compute:
+        raise EnvironmentSetupError(
+            "distributed.delay_wgrad_compute needs Transformer Engine, and the layers would be native: "
+            f"{choice.why}. Install it ({INSTALL}), or set delay_wgrad_compute to false"
+        )
+    return choice
+
+
+def _choose(config: Config, resolved: Resolved) -> Choice:
     match config.model.backend:
         case "native":
             return Choice("native", "model.backend = native")

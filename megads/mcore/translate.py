@@ -68,6 +68,7 @@ def _experts(config: Config, resolved: Resolved) -> dict[str, Any]:
         "moe_expert_capacity_factor": moe.capacity_factor,
         "overlap_moe_expert_parallel_comm": config.distributed.overlap_expert_parallel,
         "moe_shared_expert_overlap": config.distributed.overlap_shared_experts,
+        "delay_wgrad_compute": config.distributed.delay_wgrad_compute,
     }
 
 
@@ -165,6 +166,7 @@ def ddp_config(config: Config, resolved: Resolved) -> DistributedDataParallelCon
         use_distributed_optimizer=sharded,
         average_in_collective=False,
         fp8_param_gather=gathers_fp8_parameters(config, resolved),
+        delay_wgrad_compute=distributed.delay_wgrad_compute,
     )
 
 

@@ -111,7 +111,7 @@ class MultiLatentAttention(MegatronModule):
             tp_group=self.tp_group,
         )
 
-    def _split_over_heads(self, backend: Backend, in_features: int, out_features: int) -> torch.nn.Module:
+    def _split_over_heads(self, backend: Backend, in_features: int, out_features: int) -> Any:
         return backend.column_linear(
             in_features,
             out_features,
@@ -125,7 +125,13 @@ class MultiLatentAttention(MegatronModule):
         )
 
     def backward_dw(self) -> None:
-        """Weight gradients that the combined schedule could put off: they come with the others."""
+        """Weight gradients that the combined schedule has put off (`distributed.delay_wgrad_compute`)."""
+        if self.config.q_lora_rank is None:
+            queries = [self.linear_q_proj]
+        else:
+            queries = [self.linear_q_up_proj, self.linear_q_down_proj]
+        for linear in (self.linear_proj, self.linear_kv_up_proj, self.linear_kv_down_proj, *queries):
+            linear.backward_dw()
 
     def set_for_recompute_input_layernorm(self) -> None:
         """Called where the norm before attention is recomputed in FP8: what is kept of it must be its output.

@@ -113,6 +113,43 @@ def histories_before_and_after(settings: dict[str, Any], directory: Path) -> lis
     return saved
 
 
+def delayed_weight_gradients(settings: dict[str, Any], directory: Path) -> list[tuple[list[str], list[str]]]:
+    """Of each layer, MTP's among them: linears that delay, and those that the combined schedule calls for."""
+    from megatron.core.models.common.fine_grained_callables import build_layer_callables
+    from transformer_engine.pytorch import GroupedLinear, Linear
+
+    from megads.model import build
+
+    def translated(*args: Any) -> Any:
+        config = transformer_config(*args)
+        config.delay_wgrad_compute = True  # past the checks, which want CUDA and 16 bits
+        return config
+
+    transformer_config = build.transformer_config
+    with mock.patch.object(build, "transformer_config", translated):
+        step = build_with_transformer_engine(settings)
+    (model,) = (build.unwrap(chunk) for chunk in step.chunks)
+    layers = [*model.decoder.layers, *model.mtp.layers]
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for layer in layers:
+        called: list[str] = []
+        with (
+            mock.patch.object(Linear, "backward_dw", lambda module: called.append(names[module])),
+            mock.patch.object(GroupedLinear, "backward_dw", lambda module: called.append(names[module])),
+        ):
+            for nodes in build_layer_callables(layer)[1].values():
+                for node in nodes if isinstance(nodes, list) else [nodes]:
+                    node.backward_dw()
+        delaying = [
+            names[module]
+            for module in layer.modules()
+            if isinstance(module, Linear | GroupedLinear) and module.need_backward_dw()
+        ]
+        found.append((sorted(delaying), sorted(called)))
+    return found
+
+
 if __name__ == "__main__":
     name, settings, directory, output = json.loads(sys.argv[1])
     torch.save(globals()[name](settings, Path(directory)), f"{output}/{os.environ['RANK']}.pt")
@@ -173,3 +210,19 @@ def test_scales_of_delayed_scaling_are_still_there_in_the_first_pass_after_a_res
                 assert torch.equal(found[name][way]["scale"], of_module[way]["scale"])
                 assert torch.equal(found[name][way]["amax"], of_module[way]["amax"])
     assert restored.keys() == used.keys() == saved.keys()
+
+
+@pytest.mark.parametrize("q_lora_rank", [24, None])
+def test_the_combined_schedule_calls_once_for_every_delayed_weight_gradient(
+    q_lora_rank: int | None, tmp_path: Path
+) -> None:
+    settings = {"model.mla.q_lora_rank": q_lora_rank, "training.num_predict_tokens": 2}
+    (layers,) = in_new_processes(1, delayed_weight_gradients, settings, tmp_path, tmp_path)
+    assert all(delaying == called for delaying, called in layers)
+    queries = 1 if q_lora_rank is None else 2
+    # Keys and values 2, output 1; a dense FFN 2, shared and routed experts 4; MTP's projection 1.
+    assert [len(called) for _, called in layers] == [
+        queries + 3 + 2,
+        *[queries + 3 + 4] * 3,
+        queries + 3 + 4 + 1,
+    ]

@@ -153,18 +153,20 @@ def scalars(step: "TrainingStep", **changes: float) -> Scalars:
     return replace(constant, **changes)
 
 
-def global_batch(index: int, *, masked: bool = False, documents: bool = False) -> dict[str, Tensor]:
-    """Batch number `index` of the run [GLOBAL_BATCH, SEQ_LENGTH], the same in every layout.
+def global_batch(
+    index: int, *, masked: bool = False, documents: bool = False, seq_length: int = SEQ_LENGTH
+) -> dict[str, Tensor]:
+    """Batch number `index` of the run [GLOBAL_BATCH, seq_length], the same in every layout.
 
     `masked` takes the loss off a fifth of the tokens, `documents` cuts each sequence in two or three.
     """
     generator = torch.Generator().manual_seed(1000 + index)
-    shape = (GLOBAL_BATCH, SEQ_LENGTH)
-    text = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+    shape = (GLOBAL_BATCH, seq_length)
+    text = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, seq_length + 1), generator=generator)
     mask = torch.rand(shape, generator=generator) > (0.2 if masked else -1.0)
     starts = torch.rand(shape, generator=generator) < (0.1 if documents else -1.0)
     starts[:, 0] = False
-    places = torch.arange(SEQ_LENGTH).expand(shape)
+    places = torch.arange(seq_length).expand(shape)
     last_start = torch.where(starts, places, 0).cummax(dim=1).values
     return {
         "tokens": text[:, :-1],
@@ -187,9 +189,9 @@ def micro_batches(step: "TrainingStep", batch: dict[str, Tensor]) -> list[dict[s
 
 def train(step: "TrainingStep", first: int, count: int, **batch_options: bool) -> list[dict[str, Any]]:
     """Steps `first` to `first + count - 1`: what each measured, routers by their names in the whole model."""
-    records = []
+    records, seq_length = [], step.config.training.seq_length
     for index in range(first, first + count):
-        parts = micro_batches(step, global_batch(index, **batch_options))
+        parts = micro_batches(step, global_batch(index, seq_length=seq_length, **batch_options))
         result = step.train(iter(parts) if step.needs_data else None, len(parts), scalars(step))
         assert result.applied
         names = router_names(step)

@@ -1,4 +1,4 @@
-"""Overlap of token exchanges with computation: each reason why it cannot work is told alone."""
+"""Overlap of communication with computation: each reason why it cannot work is told alone."""
 
 from typing import Any
 
@@ -7,7 +7,10 @@ import pytest
 from megads.config.loader import load_config
 from megads.config.resolve import resolve
 from megads.config.validate_overlap import overlap_problems
-from megads.mcore.translate import transformer_config
+from megads.errors import EnvironmentSetupError
+from megads.mcore import backend, translate
+from megads.mcore.fusions import Fusions
+from megads.mcore.translate import ddp_config, transformer_config
 from tests.dist import tiny
 
 EP, PP = "distributed.expert_parallel_size", "distributed.pipeline_parallel_size"
@@ -19,6 +22,7 @@ COMBINED = {
     EP: 2,
 }
 SHARED = {"distributed.overlap_shared_experts": True, EP: 2}
+DELAYED = COMBINED | {"distributed.delay_wgrad_compute": True}
 SELECTIVE = {"training.gradient_checkpointing": "selective"}
 
 
@@ -33,6 +37,8 @@ def problems(settings: dict[str, Any]) -> list[str]:
         COMBINED,
         COMBINED | {PP: 2, VPP: 2},
         COMBINED | SELECTIVE,
+        DELAYED,
+        DELAYED | {PP: 2, VPP: 2} | SELECTIVE,
         SHARED,
         {"distributed.overlap_shared_experts": True, "distributed.tensor_parallel_size": 2},
     ],
@@ -62,6 +68,8 @@ def test_what_works(settings: dict[str, Any]) -> None:
         (SHARED | {"model.moe.num_shared_experts": 0}, "no shared experts"),
         (SHARED | {EP: 1}, "no exchange to hide"),
         (SHARED | SELECTIVE | {"training.recompute_modules": ["shared_experts"]}, "leave out one of them"),
+        (DELAYED | {"distributed.overlap_expert_parallel": False}, "needs the combined schedule"),
+        (DELAYED | {"model.backend": "native"}, "needs Transformer Engine"),
     ],
 )
 def test_each_reason_is_told_alone(settings: dict[str, Any], said: str) -> None:
@@ -75,3 +83,25 @@ def test_megatron_core_accepts_what_we_do() -> None:
     translated = transformer_config(config, resolve(config, 4, cuda=True))
     assert translated.overlap_moe_expert_parallel_comm
     assert not translated.moe_shared_expert_overlap
+    assert not translated.delay_wgrad_compute
+
+
+def test_weight_gradients_are_put_off_in_the_model_and_in_their_reduction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "transformer_engine_problem", lambda: None)
+    monkeypatch.setattr(translate, "choose_fusions", lambda *unused: Fusions())
+    config = load_config(None, tiny.BASE | DELAYED | {"model.backend": "transformer_engine"})
+    resolved = resolve(config, 2, cuda=True)
+    assert transformer_config(config, resolved).delay_wgrad_compute
+    assert ddp_config(config, resolved).delay_wgrad_compute
+
+
+def test_without_transformer_engine_weight_gradients_cannot_be_put_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether it is there is known on the machine that trains only."""
+    monkeypatch.setattr(backend, "transformer_engine_problem", lambda: "Transformer Engine is not installed")
+    config = load_config(None, tiny.BASE | DELAYED)
+    with pytest.raises(EnvironmentSetupError, match="delay_wgrad_compute needs Transformer Engine.*not inst"):
+        backend.choose_backend(config, resolve(config, 2, cuda=True))
