@@ -70,11 +70,11 @@ def _delayed_weight_gradients(config: Config) -> Iterator[tuple[str, str]]:
     """What it needs besides `overlap_expert_parallel`, which has reasons of its own."""
     if not config.distributed.overlap_expert_parallel:
         yield (
-            "needs the combined schedule, which calls for them later",
-            "set overlap_expert_parallel, or false",
+            "needs the combined schedule",
+            "set overlap_expert_parallel, which calls for them later, or false",
         )
     if config.model.backend == "native":
         yield (
-            "needs Transformer Engine, whose linears can put them off",
-            'set model.backend to "auto", or false',
+            "needs Transformer Engine's linears, which alone can put them off",
+            'use backend "auto", or false',
         )

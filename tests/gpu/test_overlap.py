@@ -1,6 +1,7 @@
-"""Communication beside computation on two real GPUs: the same losses, and seen in the trace; skips itself else.
+"""Communication beside computation on two real GPUs: the losses of a run without, and a look at the trace.
 
-Not yet seen running: no GPU was at hand when this was written.
+Skips itself without two of them and Transformer Engine. Not yet seen running: none were at hand when this was
+written.
 """
 
 import re

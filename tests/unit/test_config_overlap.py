@@ -103,5 +103,5 @@ def test_without_transformer_engine_weight_gradients_cannot_be_put_off(
     """Whether it is there is known on the machine that trains only."""
     monkeypatch.setattr(backend, "transformer_engine_problem", lambda: "Transformer Engine is not installed")
     config = load_config(None, tiny.BASE | DELAYED)
-    with pytest.raises(EnvironmentSetupError, match="delay_wgrad_compute needs Transformer Engine.*not inst"):
+    with pytest.raises(EnvironmentSetupError, match="delay_wgrad_compute needs Transformer Engine"):
         backend.choose_backend(config, resolve(config, 2, cuda=True))
