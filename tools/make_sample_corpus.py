@@ -24,8 +24,8 @@ from pathlib import Path
 import orjson
 
 from megads.command_line import run_tool
-from megads.data.indexed import publish_file
 from megads.errors import DataError
+from megads.publish import publish_file
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])

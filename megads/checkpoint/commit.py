@@ -35,13 +35,13 @@ from megads.checkpoint.manifest import (
     Hasher,
     Manifest,
     check_listing,
-    flush_to_disk,
     hash_files,
     read_manifest,
     verify,
     write_manifest,
 )
 from megads.errors import CheckpointError
+from megads.publish import flush_to_disk
 
 __all__ = [
     "CheckpointInfo", "commit", "committed", "create_temporary", "discard", "kept", "latest", "newest_good",

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megads.errors import CheckpointError
+from megads.publish import flush_to_disk
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "COMMIT.json"
@@ -179,15 +180,6 @@ def seal_files(root: Path, names: list[str]) -> dict[str, FileEntry]:
         if digest.startswith("unreadable"):
             raise OSError(f"{root / name}: {digest}")
     return {name: FileEntry((root / name).stat().st_size, digests[name]) for name in names}
-
-
-def flush_to_disk(path: Path) -> None:
-    """`fsync` of a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_files(path: Path) -> dict[str, int]:

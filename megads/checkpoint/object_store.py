@@ -25,11 +25,11 @@ from megads.checkpoint.manifest import (
     MANIFEST_NAME,
     Hasher,
     Manifest,
-    flush_to_disk,
     hash_files,
     read_manifest,
 )
 from megads.errors import CheckpointError, ConfigError, EnvironmentSetupError
+from megads.publish import flush_to_disk
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -9,7 +9,6 @@ builds at once write the same bytes, and the last one stays. All of `index/` may
 import logging
 import math
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ import orjson
 from numpy.typing import NDArray
 
 from megads.errors import DataError
+from megads.publish import published
 
 logger = logging.getLogger(__name__)
 
@@ -44,38 +44,27 @@ def publish_arrays(path: Path, facts: dict[str, Any], shapes: Shapes, fill: Call
 
     Raises DataError when it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w+b") as file:
+        with published(path) as file:
             layout, end_bytes = _write_header(file, facts, shapes)
             # A full disk is an error here; met while writing to the mapping it would be a SIGBUS.
             os.posix_fallocate(file.fileno(), 0, end_bytes + CHECKSUM.size)
             arrays = {
-                name: np.memmap(partial, dtype=dtype, mode="r+", offset=offset_bytes, shape=shape)
+                name: np.memmap(file, dtype=dtype, mode="r+", offset=offset_bytes, shape=shape)
                 for name, (dtype, shape, offset_bytes) in layout.items()
             }
             fill({name: array.view(np.ndarray) for name, array in arrays.items()})
             for array in arrays.values():
                 array.flush()
             del arrays
+            checksum = CHECKSUM.pack(_checksum(file, end_bytes))
             file.seek(end_bytes)
-            file.write(CHECKSUM.pack(_checksum(partial, end_bytes)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            file.write(checksum)
     except OSError as error:
         raise DataError(
             f"{path}: the index cannot be written: {error}. data.cache_dir must be writable, and the same "
             "storage on every node."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_arrays(path: Path, *, check: bool) -> tuple[dict[str, Any], Arrays] | None:
@@ -93,7 +82,7 @@ def load_arrays(path: Path, *, check: bool) -> tuple[dict[str, Any], Arrays] | N
             whole = whole and found_bytes == end_bytes + CHECKSUM.size
             if whole and check:
                 file.seek(end_bytes)
-                whole = CHECKSUM.unpack(file.read(CHECKSUM.size))[0] == _checksum(path, end_bytes)
+                whole = CHECKSUM.unpack(file.read(CHECKSUM.size))[0] == _checksum(file, end_bytes)
             if not whole:
                 logger.warning("%s is damaged: it is made again", path)
                 return None
@@ -131,12 +120,11 @@ def _write_header(
     return layout, offset_bytes
 
 
-def _checksum(path: Path, end_bytes: int) -> int:
+def _checksum(file: BinaryIO, end_bytes: int) -> int:
     """CRC-32 of the first `end_bytes` of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        left_bytes = end_bytes
-        while left_bytes > 0 and (data := file.read(min(COPY_BYTES, left_bytes))):
-            crc = zlib.crc32(data, crc)
-            left_bytes -= len(data)
+    crc, left_bytes = 0, end_bytes
+    file.seek(0)
+    while left_bytes > 0 and (data := file.read(min(COPY_BYTES, left_bytes))):
+        crc = zlib.crc32(data, crc)
+        left_bytes -= len(data)
     return crc

@@ -12,7 +12,7 @@ or not at all, together with what may accompany them: `.scores.npy` (a float32 p
 `.quarantine.jsonl` (which lines of the input hold no document, and why).
 """
 
-import fcntl
+import contextlib
 import hashlib
 import io
 import os
@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megads.errors import DataError
+from megads.publish import flush_to_disk, open_locked, partial_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -66,7 +67,7 @@ def sidecar_file(prefix: str | os.PathLike[str], ending: str) -> Path:
 def unfinished_files(prefix: str | os.PathLike[str]) -> list[Path]:
     """What a writer that was killed has left of a dataset; a writer that lives has them locked."""
     files = (*data_files(prefix), *(sidecar_file(prefix, ending) for ending in SIDECARS))
-    return [partial for file in files if (partial := _partial_path(file)).exists()]
+    return [partial for file in files if (partial := partial_path(file)).exists()]
 
 
 def refuse_existing(prefix: str | os.PathLike[str]) -> None:
@@ -98,10 +99,14 @@ class IndexedWriter:
             refuse_existing(prefix)
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._partial = tuple(_partial_path(file) for file in data_files(prefix))
-            self._bin = _open_exclusively(self._partial[0])
+            self._partial = tuple(partial_path(file) for file in data_files(prefix))
             self._lengths = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
             self._scores = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
+            self._bin = open_locked(self._partial[0])
+        except BlockingIOError as error:
+            raise DataError(
+                f"{self.prefix}: another process is writing this dataset; wait for it to end."
+            ) from error
         except OSError as error:
             raise DataError(f"{self.prefix}: cannot be written: {error}.") from error
         self._hash = hashlib.sha256()
@@ -142,7 +147,7 @@ class IndexedWriter:
 
     def _add_loss_mask(self, loss_mask: NDArray[np.uint8]) -> None:
         if self._loss_mask is None:
-            partial = _partial_path(sidecar_file(self.prefix, LOSS_MASK))
+            partial = partial_path(sidecar_file(self.prefix, LOSS_MASK))
             self._loss_mask = open(partial, "wb")  # noqa: SIM115
             self._sidecars[LOSS_MASK] = partial
         data = np.ascontiguousarray(loss_mask, dtype=np.uint8).data
@@ -152,7 +157,7 @@ class IndexedWriter:
 
     def attach(self, ending: str, content: bytes) -> None:
         """Add a file, one of `SIDECARS`, that appears together with the dataset."""
-        partial = _partial_path(sidecar_file(self.prefix, ending))
+        partial = partial_path(sidecar_file(self.prefix, ending))
         with open(partial, "wb") as file:
             self._sidecars[ending] = partial
             file.write(content)
@@ -210,7 +215,7 @@ class IndexedWriter:
         if not files:
             self._partial[0].unlink()
         os.replace(self._partial[2], record_path)
-        _directory_to_disk(self.prefix.parent)
+        flush_to_disk(self.prefix.parent)
         self._published = True
 
     def _write_scores(self) -> dict[str, Any]:
@@ -219,7 +224,7 @@ class IndexedWriter:
         header = io.BytesIO()
         shape = {"descr": SCORE_TYPE.str, "fortran_order": False, "shape": (self.documents,)}
         np.lib.format.write_array_header_1_0(header, shape)
-        partial = _partial_path(sidecar_file(self.prefix, SCORES))
+        partial = partial_path(sidecar_file(self.prefix, SCORES))
         digest = hashlib.sha256()
         with open(partial, "wb") as file:
             self._sidecars[SCORES] = partial
@@ -263,59 +268,18 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lengths.close()
-        self._scores.close()
-        if self._loss_mask is not None:
-            self._loss_mask.close()
         if not self._published:
             for partial in (*self._partial, *self._sidecars.values()):
                 partial.unlink(missing_ok=True)
-        self._bin.close()
+        for file in (self._lengths, self._scores, self._loss_mask, self._bin):
+            # A full disk does not take what is still to be written, which nobody wants any more.
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
         if isinstance(error, OSError):  # the disk is full, say; errors of reading come as DataError
             raise DataError(f"{self.prefix}: cannot be written: {error}.") from error
-
-
-def publish_file(path: Path, content: bytes) -> None:
-    """Write a small file so that it is there whole, on the disk, or not at all."""
-    partial = _partial_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(content)
-            _to_disk(file)
-        os.replace(partial, path)
-        _directory_to_disk(path.parent)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error}.") from error
-
-
-def _partial_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def _open_exclusively(path: Path) -> BinaryIO:
-    """Open for writing and lock; the lock ends with the process, however that ends."""
-    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The other writer may have published this very file between our open and our lock.
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise FileNotFoundError
-    except (BlockingIOError, FileNotFoundError) as error:
-        file.close()
-        raise DataError(f"{path}: another process is writing this dataset; wait for it to end.") from error
-    file.truncate()
-    return file
 
 
 def _to_disk(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _directory_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

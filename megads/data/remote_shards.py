@@ -11,7 +11,6 @@ fetched again. `tools/build_index.py` fetches ahead of a job.
 import hashlib
 import logging
 import os
-import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ from typing import Any
 
 import orjson
 
-from megads.data.indexed import LOSS_MASK, SCORES, data_files, publish_file
+from megads.data.indexed import LOSS_MASK, SCORES, data_files
 from megads.data.manifest import check_dataset
 from megads.errors import DataError
+from megads.publish import publish_file, published
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +75,9 @@ def _fetch_dataset(url: str, filesystem: Any, prefix: str, local: str) -> None:
         return
     logger.info("Fetching %s: %.1f MB", prefix, sum(size or 0 for size, _ in seen.values()) / 1e6)
     fetched.unlink(missing_ok=True)
-    Path(local).parent.mkdir(parents=True, exist_ok=True)
     for ending, path in there.items():
-        partial = f"{local}{ending}.{secrets.token_hex(4)}.partial"
-        try:
-            with _store(url):
-                filesystem.get_file(path, partial)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, local + ending)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        with _store(url), published(Path(local + ending)) as file:
+            filesystem.get_file(path, file.name)
     if infos[".idx"].get("size") and infos.get(".bin", {}).get("size"):  # an empty one is left out later
         check_dataset(local, ANY_VOCABULARY, None, full=True)
     publish_file(fetched, state)

@@ -17,8 +17,8 @@ from typing import Any
 import orjson
 import zstandard
 
-from megads.data.indexed import publish_file
 from megads.errors import DataError
+from megads.publish import publish_file
 
 REMOVALS_FORMAT = "megads-removals-1"
 REMOVALS_ENDING = ".removals.zst"

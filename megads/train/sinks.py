@@ -18,6 +18,7 @@ import orjson
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
 from megads.mcore.imports import without_packages
+from megads.publish import published
 from megads.train.metrics import Record, perplexity
 
 logger = logging.getLogger(__name__)
@@ -187,7 +188,8 @@ class WandbSink:
                 f"Weights & Biases could not start ({error}): set WANDB_API_KEY, or WANDB_MODE=offline, "
                 "or logging.wandb.enabled to false"
             ) from error
-        _replace(id_file, self._run.id.encode())
+        with published(id_file) as file:
+            file.write(self._run.id.encode())
 
     def write(self, record: Record) -> None:
         """Log every number under `kind/name`; a `run` record goes to the run's summary.
@@ -240,7 +242,8 @@ def _cut_back(path: Path, resumed_step: int) -> None:
         return
     with path.with_suffix(".superseded.jsonl").open("ab") as superseded:
         superseded.writelines(line.rstrip(b"\n") + b"\n" for line in cut)
-    _replace(path, b"".join(kept))
+    with published(path) as file:
+        file.writelines(kept)
 
 
 def _parse(line: bytes) -> Record | None:
@@ -253,13 +256,3 @@ def _parse(line: bytes) -> Record | None:
         return None
     whole = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
     return record if whole else None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, never half of it."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

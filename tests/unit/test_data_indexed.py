@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import struct
 import subprocess
@@ -20,6 +21,7 @@ from megads.data import indexed
 from megads.data.indexed import HEADER, IndexedWriter, data_files, token_type
 from megads.data.manifest import check_dataset, sequence_lengths
 from megads.errors import DataError
+from megads.publish import publish_file
 
 from data_files import SHA256, VOCAB_SIZE, numbered_documents, write_dataset  # isort: skip
 
@@ -82,6 +84,20 @@ def test_a_full_disk_is_a_data_error_and_the_old_dataset_stays(
     monkeypatch.undo()
     assert check_dataset(prefix, VOCAB_SIZE, SHA256, full=True).tokens == 3
     assert {p.name for p in tmp_path.iterdir()} == {"d.bin", "d.idx", "d.json"}
+
+
+def test_a_disk_that_fills_up_on_the_way_is_a_data_error_too(tmp_path: Path) -> None:
+    """What is still in buffers then fails once more when the files are closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"d: cannot be written: .*File too large"):
+            write_dataset(tmp_path / "d", [[7, 2]] * 750)
+        with pytest.raises(DataError, match=r"file: cannot be written: .*File too large"):
+            publish_file(tmp_path / "file", b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("killed_before", range(6))

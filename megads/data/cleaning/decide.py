@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from megads.data.cleaning import duplicates
 from megads.data.cleaning.duplicates import Corpus
 from megads.data.cleaning.scan import CONTAMINATED, CleaningSettings
-from megads.data.indexed import publish_file
 from megads.data.removals import Removal, read_removals_header, removals_path, write_removals
 from megads.errors import DataError
+from megads.publish import publish_file
 
 EXACT, NEAR, PARAGRAPH = "exact_duplicate", "near_duplicate", "duplicate_paragraph"
 EXAMPLES = 3

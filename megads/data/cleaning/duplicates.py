@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from megads.data.cleaning import exact, keys, near
 from megads.data.cleaning.scan import Scan
+from megads.publish import published
 
 SIGNATURE_PAIRS = 1 << 16
 
@@ -99,7 +100,7 @@ def keep_array(path: Path, make: Callable[[], NDArray[Any]]) -> None:
     """Publish the array that `make` returns as a `.npy`, unless it is there."""
     if not path.exists():
         result = make()
-        with _published(path) as file:
+        with published(path) as file:
             np.save(file, result)
 
 
@@ -108,7 +109,7 @@ def keep_repeated(path: Path, corpus: Corpus, make: Callable[[], NDArray[Any]]) 
     if not path.exists():
         result = make()
         bounds = np.searchsorted(np.ascontiguousarray(result["document"]), corpus.starts)
-        with _published(path) as file:
+        with published(path) as file:
             file.write(bounds.astype(np.int64).tobytes())
             file.write(result.tobytes())
 
@@ -131,18 +132,6 @@ def all_documents(results: Sequence[Path], corpus: Corpus) -> NDArray[np.bool_]:
     for path in results:
         marked[np.fromfile(path, REPEATED, offset=8 * corpus.starts.size)["document"]] = True
     return marked
-
-
-@contextmanager
-def _published(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name once it is written and on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _read(

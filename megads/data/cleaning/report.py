@@ -12,7 +12,7 @@ from megads import __version__
 from megads.data.cleaning.decide import EXAMPLES, Count, ShardReport
 from megads.data.cleaning.run import CleaningResult
 from megads.data.cleaning.scan import CleaningSettings
-from megads.data.indexed import publish_file
+from megads.publish import publish_file
 
 if TYPE_CHECKING:
     from rich.table import Table
