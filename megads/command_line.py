@@ -1,16 +1,24 @@
 """How every tool ends: with an exit code, and for a user's mistake one line instead of a traceback."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
 
-from megads.errors import MegadsError
+from megads.errors import EnvironmentSetupError, MegadsError
 
 INTERRUPTED = 130  # what shells give for SIGINT
+
+# Refusals of the file system that no program can prevent.
+REFUSALS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
+    errno.EMFILE,
+}  # fmt: skip
 
 
 def run_tool(run: Callable[[], int | None], *, interrupted: str = "", cleans_up: bool = False) -> int:
     """Call `run`; the exit code is what it returns (None: 0), that of a `MegadsError`, or 130 for Ctrl-C.
+    A file system that is full, or refuses or fails to do what it is asked, is the machine's fault and no bug.
 
     `interrupted` is said after Ctrl-C: what there is to know about what was done already. With `cleans_up` a
     scheduler's SIGTERM ends `run` as an error would, so that its temporary files and workers go too; without,
@@ -23,6 +31,11 @@ def run_tool(run: Callable[[], int | None], *, interrupted: str = "", cleans_up:
     except MegadsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EnvironmentSetupError.exit_code
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)

@@ -10,13 +10,12 @@ the same arguments. The result does not depend on the number of workers.
 """
 
 import argparse
-import hashlib
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megads.command_line import run_tool
 from megads.data.cleaning.decontaminate import EvaluationIndex
@@ -25,8 +24,8 @@ from megads.data.cleaning.quality import RULE_SETS
 from megads.data.cleaning.report import table, write_report
 from megads.data.cleaning.run import Progress, clean
 from megads.data.cleaning.scan import CleaningSettings
-from megads.data.documents import MAX_LINE_BYTES
-from megads.data.inputs import InputShard, find_inputs, find_shards, find_sources, shards_of_manifest
+from megads.data.documents import MAX_LINE_BYTES, open_input
+from megads.data.inputs import InputShard, find_shards, find_sources, shards_of_manifest
 from megads.errors import DataError
 
 
@@ -135,7 +134,7 @@ def list_shards(options: argparse.Namespace) -> list[InputShard]:
 
 
 def settings_of(
-    options: argparse.Namespace, evaluation_files: list[Path], sources: set[str]
+    options: argparse.Namespace, evaluation_files: list[str], sources: set[str]
 ) -> CleaningSettings:
     if unknown := set(options.quality_sources) - sources:
         raise DataError(
@@ -153,11 +152,16 @@ def settings_of(
         near=near if options.near else None,
         quality=tuple(options.quality),
         quality_sources=tuple(sorted(options.quality_sources)) if options.quality else (),
-        evaluation_sha256=tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in evaluation_files),
+        evaluation_sha256=tuple(map(_sha256, evaluation_files)),
         ngram_words=options.ngram_words,
         min_evaluation_words=options.min_evaluation_words,
         evaluation_fields=tuple(options.evaluation_fields),
     )
+
+
+def _sha256(path: str) -> str:
+    with open_input(path) as file:
+        return file.sha256()
 
 
 @contextmanager
@@ -184,7 +188,7 @@ def run(options: argparse.Namespace) -> None:
 
     begun = time.monotonic()
     shards = list_shards(options)
-    files = find_inputs(options.evaluation) if options.evaluation else []
+    files = [shard.path for shard in find_shards(options.evaluation)] if options.evaluation else []
     settings = settings_of(options, files, {shard.directory for shard in shards})
     index = None
     if files:
@@ -208,13 +212,13 @@ def run(options: argparse.Namespace) -> None:
     evaluation = None
     if index:
         evaluation = {
-            "files": [file.name for file in files],
+            "files": [PurePosixPath(file).name for file in files],
             "strings_looked_for": len(index.items),
             "strings_too_short": index.too_short,
         }
     content = write_report(options.removals, result, settings, evaluation)
-    # Off a terminal rich would fold the table to 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    # Off a terminal rich would fold the table to 80 columns. No name of a source is markup.
+    console = Console(width=None if sys.stdout.isatty() else 130, markup=False, emoji=False)
     console.print(table(content))
     text_bytes = sum(source["text_bytes"] for source in content["sources"].values())
     seconds = time.monotonic() - begun

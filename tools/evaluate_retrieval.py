@@ -25,11 +25,11 @@ import orjson
 from megads.command_line import run_tool
 from megads.config.flags import Arguments, parse_flags
 from megads.data.documents import read_texts
-from megads.data.indexed import publish_file
-from megads.data.inputs import find_inputs
+from megads.data.inputs import find_shards
 from megads.data.needles import STATEMENT, Haystack, check_statement, sentences_of
 from megads.data.tokenizer import Tokenizer, load_tokenizer
 from megads.errors import ConfigError, DataError
+from megads.publish import publish_file
 from megads.train.retrieval_figure import Result, draw, read_result, table
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None) -> Options:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a checkpoint, or a directory of them: its newest")
-    add("--text", type=Path, nargs="+", required=True, help="JSON lines with the haystack's sentences")
+    add("--text", nargs="+", required=True, help="JSON lines with the haystack's sentences")
     add("--lengths", type=_lengths, help="tokens, comma-separated (default: a quarter, half and all of "
         "model.mla.max_context_length)")  # fmt: skip
     add("--depths", type=int, default=5, help="places from start to end (default: %(default)s)")
@@ -122,9 +122,9 @@ def run(options: Options) -> None:
     print(f"{own.output} and {own.output.with_suffix('.json').name}")
 
 
-def _sentences(paths: list[Path]) -> list[str]:
+def _sentences(paths: list[str]) -> list[str]:
     sentences: list[str] = []
-    for sentence in sentences_of(read_texts(find_inputs(paths))):
+    for sentence in sentences_of(read_texts(shard.path for shard in find_shards(paths))):
         sentences.append(sentence)
         if len(sentences) == MAX_SENTENCES:
             break

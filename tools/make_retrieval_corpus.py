@@ -19,10 +19,10 @@ import orjson
 
 from megads.command_line import run_tool
 from megads.data.documents import read_texts
-from megads.data.indexed import publish_file
-from megads.data.inputs import find_inputs
+from megads.data.inputs import find_shards
 from megads.data.needles import STATEMENT, check_statement, sentences_of, woven_text
 from megads.errors import DataError
+from megads.publish import publish_file
 
 HELD_OUT_SHARE = 0.1
 FEWEST_SENTENCES = 20
@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--text", type=Path, nargs="+", required=True, help="JSON lines to take sentences from")
+    add("--text", nargs="+", required=True, help="JSON lines to take sentences from")
     add("--output", type=Path, required=True, help="directory; a subdirectory for each of the two parts")
     add("--mb", type=float, default=6.0, help="megabytes of woven text (default: %(default)s)")
     add("--sentences", type=int, default=200, help="different ones at most (default: %(default)s)")
@@ -58,10 +58,10 @@ def run(options: argparse.Namespace) -> None:
         raise DataError(
             f"{options.output}: holds a corpus already; replace it with --overwrite or write elsewhere"
         )
-    sentences = sorted(set(sentences_of(read_texts(find_inputs(options.text)))))
+    sentences = sorted(set(sentences_of(read_texts(shard.path for shard in find_shards(options.text)))))
     if len(sentences) < FEWEST_SENTENCES:
         raise DataError(
-            f"{', '.join(map(str, options.text))}: {len(sentences)} sentences of plain words are less than "
+            f"{', '.join(options.text)}: {len(sentences)} sentences of plain words are less than "
             f"{FEWEST_SENTENCES}; give more text, of prose"
         )
     random = Random(options.seed)

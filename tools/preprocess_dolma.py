@@ -307,14 +307,15 @@ def print_summary(summaries: dict[str, Summary], seconds: float) -> None:
         rows.append(total_of("all", rows))
     table = Table()
     table.add_column("source", overflow="fold")
-    for heading in COLUMNS:
+    columns = [name for name in COLUMNS if name != "FIM" or any(row.fim_documents for row in rows)]
+    for heading in columns:
         table.add_column(heading, justify="right")
     for row in rows:
         if row.name == "all" and len(rows) > 1:
             table.add_section()
-        table.add_row(row.name, *(column(row) for column in COLUMNS.values()))
-    # Off a terminal rich would fold the table to 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+        table.add_row(row.name, *(COLUMNS[name](row) for name in columns))
+    # Off a terminal rich would fold the table to 80 columns. No name of a source is markup.
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
     console.print(table)
     total = total_of("all", summaries.values())
     for what, reasons in (("quarantined", total.quarantined), ("dropped", total.dropped)):
@@ -342,6 +343,7 @@ COLUMNS: dict[str, Callable[[Summary], str]] = {
     "MB of text": lambda s: f"{s.text_bytes / 1e6:,.2f}",
     "bytes/token": lambda s: f"{s.text_bytes / s.tokens:.2f}" if s.tokens else "-",
     "tokens/document": lambda s: f"{s.tokens / s.documents:,.0f}" if s.documents else "-",
+    "FIM": lambda s: f"{s.fim_documents / s.documents:.1%}" if s.documents else "-",
     "MB/s/core": lambda s: (
         f"{s.converted_bytes / 1e6 / s.converting_seconds:.1f}" if s.converting_seconds else "-"
     ),

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from megads.command_line import run_tool
-from megads.data.inputs import find_inputs
+from megads.data.inputs import find_shards
 from megads.data.tokenizer import load_tokenizer
 from megads.data.tokenizer_training import sample_texts, train_sentencepiece
 from megads.errors import DataError
@@ -21,8 +21,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", type=Path, nargs="+", required=True, help="files and directories of JSON lines"
-    )
+        "--input", nargs="+", required=True, metavar="PATH",
+        help="files, directories, globs and URLs of JSON lines",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="the model, usually ending in .model")
     parser.add_argument(
         "--vocab-size", type=int, default=4096, help="pieces, special ones included (default: %(default)s)"
@@ -48,7 +49,7 @@ def train(options: argparse.Namespace) -> None:
     if options.output.exists() and not options.overwrite:
         raise DataError(f"{options.output}: exists already. Replace it with --overwrite or write elsewhere.")
     begun = time.monotonic()
-    files = find_inputs(options.input)
+    files = find_shards(options.input)
     print(
         f"Training {options.vocab_size:,} pieces on up to {options.max_mb:g} MB of {len(files)} files ...",
         flush=True,

@@ -5,8 +5,9 @@ called in the output, and where cleaning keeps its removals, follows from source
 """
 
 import glob
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -17,7 +18,10 @@ import orjson
 from megads.data.input_file import ENDINGS, is_url
 from megads.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
 STAT_THREADS = 16
+LISTED_NAMES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +63,6 @@ def shard_stem(name: str) -> str:
     return "__".join([*filter(None, directories.split("/")), file])
 
 
-def find_inputs(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Local files to read, in order: a file stands for itself, a directory for its data files, sorted.
-
-    Raises DataError for a missing path and for a directory without data files.
-    """
-    return [Path(shard.path) for path in paths for shard in find_shards([os.fspath(path)])]
-
-
 def find_shards(paths: Sequence[str]) -> list[InputShard]:
     """The input files that paths, directories, globs and URLs of any of these stand for, in order.
 
@@ -84,15 +80,17 @@ def find_sources(root: str) -> list[InputShard]:
 
     Raises DataError when `root` is no directory, has no subdirectories, or one is without data files.
     """
-    if is_url(root):
-        directories = _list_directories(root)
-    elif not Path(root).is_dir():
-        raise DataError(f"{root}: no such directory.")
-    else:
-        inside = sorted(p for p in Path(root).iterdir() if p.is_dir() and not p.name.startswith("."))
-        directories = [str(path) for path in inside]
+    directories, files = _list_root(root)
     if not directories:
         raise DataError(f"{root}: no subdirectories; one per source is expected.")
+    if data := [name for name in files if name.endswith(ENDINGS)]:
+        logger.warning(
+            "%s: %d data files lie beside the directories of sources and belong to none, so they are passed "
+            "over: %s",
+            root,
+            len(data),
+            ", ".join(data[:LISTED_NAMES]) + (", ..." if len(data) > LISTED_NAMES else ""),
+        )
     return find_shards(directories)
 
 
@@ -155,11 +153,12 @@ def rename_sources(shards: Iterable[InputShard], table: Mapping[str, str]) -> li
 
 
 def _each_once(shards: list[InputShard]) -> list[InputShard]:
-    seen: set[str] = set()
+    seen: dict[str, InputShard] = {}
     for shard in shards:
-        if shard.location in seen:
-            raise DataError(f"{shard.path}: given twice; its documents would be in the dataset twice.")
-        seen.add(shard.location)
+        file = shard.path if is_url(shard.path) else os.path.realpath(shard.path)
+        if (other := seen.setdefault(file, shard)) is not shard:
+            also = f", as {other.path} too" if other.path != shard.path else ""
+            raise DataError(f"{shard.path}: given twice{also}; its documents would count twice.")
     return shards
 
 
@@ -167,11 +166,7 @@ def _expand(path: str) -> list[InputShard]:
     if is_url(path):
         return _expand_url(path)
     if Path(path).is_dir():
-        inside = sorted(
-            p for p in Path(path).rglob("*") if _is_data(p.name) and (p.is_file() or not p.exists())
-        )
-        if not inside:
-            raise DataError(f"{path}: no data files in this directory (looked for {', '.join(ENDINGS)}).")
+        inside = _data_files(path, sorted(_files_below(Path(path))), lambda file: file.name)
         source = Path(path).resolve().name
         return [
             replace(_file(str(p)), source=source, directory=source, name=p.relative_to(path).as_posix())
@@ -185,8 +180,40 @@ def _expand(path: str) -> list[InputShard]:
     return [_file(path)]
 
 
-def _is_data(name: str) -> bool:
-    return name.endswith(ENDINGS) and not name.startswith(".")
+def _data_files[File](directory: str, files: Iterable[File], name_of: Callable[[File], str]) -> list[File]:
+    """Those of a directory's files that are data by their names. The others are told of; DataError for none."""
+    data: list[File] = []
+    others: list[File] = []
+    for file in files:
+        (data if name_of(file).endswith(ENDINGS) else others).append(file)
+    if others:
+        some = ", ".join(name_of(file) for file in others[:LISTED_NAMES])
+        logger.warning(
+            "%s: %d of its files are passed over, whose names do not end in %s: %s",
+            directory,
+            len(others),
+            " ".join(ENDINGS),
+            some + (", ..." if len(others) > LISTED_NAMES else ""),
+        )
+    if not data:
+        raise DataError(f"{directory}: no data files in this directory (looked for {', '.join(ENDINGS)}).")
+    return data
+
+
+def _files_below(directory: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files at any depth, through links too; what begins with a dot is nobody's data."""
+    real = os.path.realpath(directory)
+    if real in above:
+        raise DataError(f"{directory}: this link leads back to {real}, where it lies in. Remove it.")
+    try:
+        entries = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{directory}: the directory cannot be read: {error.strerror}.") from error
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(directory / entry.name, (*above, real))
+        else:
+            yield directory / entry.name
 
 
 def _file(path: str) -> InputShard:
@@ -217,10 +244,9 @@ def _expand_url(url: str) -> list[InputShard]:
     if not _ask(url, lambda: filesystem.isdir(inside)):
         return [_file(url)]
     below = files(_ask(url, lambda: filesystem.find(inside, detail=True)))
-    below = [(name, info) for name, info in below if _is_data(PurePosixPath(name).name)]
-    if not below:
-        raise DataError(f"{url}: no data files in this directory (looked for {', '.join(ENDINGS)}).")
     top = inside.rstrip("/")
+    visible = (file for file in below if "/." not in file[0][len(top) :])
+    below = _data_files(url, visible, lambda file: PurePosixPath(file[0]).name)
     source = PurePosixPath(top).name
     return [
         replace(
@@ -233,13 +259,23 @@ def _expand_url(url: str) -> list[InputShard]:
     ]
 
 
-def _list_directories(url: str) -> list[str]:
-    filesystem, inside = _filesystem(url)
-    listed = _ask(url, lambda: filesystem.ls(inside, detail=True))
-    names = sorted(info["name"] for info in listed if info["type"] == "directory")
-    return [
-        filesystem.unstrip_protocol(name) for name in names if not PurePosixPath(name).name.startswith(".")
-    ]
+def _list_root(root: str) -> tuple[list[str], list[str]]:
+    """The directories in a directory, and the names of the files beside them; nothing hidden."""
+    if is_url(root):
+        filesystem, inside = _filesystem(root)
+        listed = _ask(root, lambda: filesystem.ls(inside, detail=True))
+        found = [(str(info["name"]), info["type"] == "directory") for info in listed]
+        found = [(filesystem.unstrip_protocol(name), is_directory) for name, is_directory in found]
+    elif not Path(root).is_dir():
+        raise DataError(f"{root}: no such directory.")
+    else:
+        try:
+            found = [(str(path), path.is_dir()) for path in Path(root).iterdir()]
+        except OSError as error:
+            raise DataError(f"{root}: the directory cannot be read: {error.strerror}.") from error
+    visible = sorted((path, is_it) for path, is_it in found if not PurePosixPath(path).name.startswith("."))
+    directories = [path for path, is_directory in visible if is_directory]
+    return directories, [PurePosixPath(path).name for path, is_directory in visible if not is_directory]
 
 
 def _remote(url: str, info: Mapping[str, Any]) -> InputShard:

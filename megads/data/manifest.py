@@ -192,11 +192,9 @@ def _pieces(path: Path, dtype: type[np.generic], offset_bytes: int, count: int) 
 def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The `.json` of a dataset, which `shards.convert_shard` describes; None where there is none.
 
-    Raises DataError when the file is damaged or of another format.
+    Raises DataError when the file cannot be read, is damaged, or of another format.
     """
     path = data_files(prefix)[2]
-    if not path.is_file():
-        return None
     try:
         record = orjson.loads(path.read_bytes())
         hashed = ("tokenizer",) if is_empty(record) else ("tokenizer", "bin", "idx")
@@ -206,6 +204,10 @@ def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
             and isinstance(record["eod_id"], int)
             and all(isinstance(record[part]["sha256"], str) for part in hashed)
         )
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path}: the record cannot be read: {error.strerror}.") from error
     except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
         complete = False
     if not complete:

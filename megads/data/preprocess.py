@@ -44,6 +44,8 @@ class Summary:
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     text_bytes: int = 0
+    fim_documents: int = 0
+    """Rearranged for fill-in-the-middle."""
     converted_bytes: int = 0
     """Of text, in this run."""
     converting_seconds: float = 0.0
@@ -55,6 +57,7 @@ class Summary:
         self.damaged += record["damaged"] is not None
         for name in ("documents_in", "documents", "tokens", "text_bytes"):
             setattr(self, name, getattr(self, name) + record[name])
+        self.fim_documents += record["fim"]["documents"]
         self.quarantined.update(record["quarantined"])
         self.dropped.update(record["dropped"])
         if converted is None:
@@ -104,6 +107,7 @@ class _Run:
         self._on_progress = on_progress
         self._input_bytes = sum(shard.input.bytes for shard in shards)
         self._done_bytes = self._text_bytes = self._damaged_bytes = 0
+        self._made_of: dict[str, list[str]] = {}
         self._in_work: dict[Shard, tuple[int, int]] = {}
         self._sources = {shard.input.source: Summary(shard.input.source) for shard in shards}
 
@@ -122,6 +126,8 @@ class _Run:
 
     def _count(self, shard: Shard, record: dict[str, Any], converted: Converted | None) -> None:
         self._done_bytes += shard.input.bytes
+        if record["documents"]:
+            self._made_of.setdefault(record["input"]["sha256"], []).append(shard.input.path)
         self._sources[shard.input.source].add(record, converted)
         if record["damaged"] is None:
             return
@@ -152,6 +158,13 @@ class _Run:
                     describe(summary.quarantined) or "none",
                     describe(summary.dropped) or "none",
                 )
+        for paths in filter(lambda paths: len(paths) > 1, self._made_of.values()):
+            logger.warning(
+                "These %d files have the same content, each document comes as often: %s. Leave out all but one, "
+                "or clean with tools/clean_dolma.py.",
+                len(paths),
+                ", ".join(sorted(paths)[:5]) + (", ..." if len(paths) > 5 else ""),
+            )
         return self._sources
 
 

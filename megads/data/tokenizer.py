@@ -103,8 +103,7 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None) -> Tokeniz
     """
     if (plugin := _find_plugin(path)) is not None:
         return _load_plugin(*plugin, eod_token)
-    path = _tokenizer_file(Path(path))
-    content = path.read_bytes()
+    path, content = _read_tokenizer(Path(path))
     if content.lstrip()[:1] == b"{":
         from megads.data.tokenizer_huggingface import HuggingFaceTokenizer
 
@@ -118,8 +117,7 @@ def tokenizer_sha256(path: str | Path) -> str:
     """The `sha256` that `load_tokenizer(path)` would have, without loading it unless it is a plugin."""
     if _find_plugin(path) is not None:
         return load_tokenizer(path).sha256
-    with open(_tokenizer_file(Path(path)), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(_read_tokenizer(Path(path))[1]).hexdigest()
 
 
 def no_eod_message(path: Path, eod_token: str | None) -> str:
@@ -128,6 +126,15 @@ def no_eod_message(path: Path, eod_token: str | None) -> str:
         f"{path}: no end-of-document token: the vocabulary lacks {looked_for}. Name the right one "
         "(--eod-token)."
     )
+
+
+def _read_tokenizer(path: Path) -> tuple[Path, bytes]:
+    """The file that a path stands for, and what is in it."""
+    file = _tokenizer_file(path)
+    try:
+        return file, file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: the tokenizer cannot be read: {error.strerror}.") from error
 
 
 def _tokenizer_file(path: Path) -> Path:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megads.data.documents import read_texts
-from megads.data.indexed import publish_file
-from megads.errors import DataError
+from megads.data.inputs import InputShard
+from megads.errors import DataError, MegadsError
+from megads.publish import publish_file
 
 # Reserved now, so that fill-in-the-middle (DeepSeek-Coder, arXiv:2401.14196) needs no new vocabulary.
 FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
@@ -32,19 +33,17 @@ class TrainedTokenizer:
     text_bytes: int
 
 
-def sample_texts(
-    files: Iterable[str | os.PathLike[str]], max_bytes: int, text_field: str = "text"
-) -> Iterator[str]:
+def sample_texts(files: Iterable[InputShard], max_bytes: int, text_field: str = "text") -> Iterator[str]:
     """Texts of at most about `max_bytes` in all, spread over the files, from the start of each.
 
     Files take their share in order of size, so that what small ones leave goes to larger ones.
     """
-    ordered = sorted(files, key=lambda file: (os.path.getsize(file), os.fspath(file)))
+    ordered = sorted(files, key=lambda file: (file.bytes, file.path))
     left_bytes = max_bytes
     for position, file in enumerate(ordered):
         share_bytes = left_bytes // (len(ordered) - position)
         taken_bytes = 0
-        for text in read_texts([file], text_field):
+        for text in read_texts([file.path], text_field):
             if taken_bytes >= share_bytes:
                 break
             taken_bytes += len(text.encode())
@@ -63,18 +62,23 @@ def train_sentencepiece(
 
     The result depends on texts and arguments only. The trainer holds the texts in memory.
     Raises DataError when there is too little text for the vocabulary, or the vocabulary is too small
-    for the bytes and characters it must hold.
+    for the bytes and characters it must hold; and what `texts` raises.
     """
     import sentencepiece
 
     text_bytes = 0
+    of_texts: list[MegadsError] = []
 
     def sentences() -> Iterator[str]:
         nonlocal text_bytes
-        for text in texts:
-            for sentence in _sentences(text):
-                text_bytes += len(sentence.encode())
-                yield sentence
+        try:
+            for text in texts:
+                for sentence in _sentences(text):
+                    text_bytes += len(sentence.encode())
+                    yield sentence
+        except MegadsError as error:  # sentencepiece would make a RuntimeError of it, with a traceback
+            of_texts.append(error)
+            raise
 
     model = io.BytesIO()
     try:
@@ -98,6 +102,8 @@ def train_sentencepiece(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if of_texts:
+            raise of_texts[0] from error
         reason = str(error).rsplit("] ", 1)[-1]  # after sentencepiece's own file and line
         raise DataError(
             f"No vocabulary of {vocab_size:,} from {text_bytes:,} bytes of text: {reason}"

@@ -76,7 +76,7 @@ def verify_dataset(settings: VerifySettings, prefix: str) -> Verification:
         if not settings.quick:
             _check_tokens(dataset, found)
             _check_source(dataset, found, settings)
-    except MegadsError as error:
+    except (MegadsError, OSError) as error:
         found.problems.append(str(error))
     return found
 

@@ -127,6 +127,24 @@ def test_a_whole_corpus_becomes_datasets_with_one_command(
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_names_of_sources_are_printed_as_they_are(tokenizer: Path, tmp_path: Path) -> None:
+    """Brackets and colons are markup to the library that draws the tables."""
+    for name in ("[web]", "[bold]b", "a :smile: b"):
+        (tmp_path / "corpus" / name).mkdir(parents=True)
+        (tmp_path / "corpus" / name / "a.jsonl").write_text(f'{{"text": "the text of {name}"}}\n' * 20)
+    inputs = ("--input-root", tmp_path / "corpus")
+    removals = tmp_path / "removals"
+    outputs = (
+        run("clean_dolma", *inputs, "--removals", removals, "--exact", "--workers", 1),
+        run("preprocess_dolma", *inputs, "--output-root", tmp_path / "plain", "--tokenizer", tokenizer,
+            "--fim-rate", 1.0),
+    )  # fmt: skip
+    for said in outputs:
+        for name in ("[web]", "[bold]b", "a :smile: b"):
+            assert f"│ {name} " in said
+    assert "100.0%" in outputs[1], "the share of fill-in-the-middle"
+
+
 def test_a_job_array_makes_what_one_job_makes(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
     listed = tmp_path / "files.txt"
     listed.write_text("".join(f"{path}\n" for path in sorted(corpus.rglob("*.gz"))))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megads.command_line import INTERRUPTED, run_tool
-from megads.errors import CheckpointError
+from megads.errors import CheckpointError, EnvironmentSetupError
 
 # Says when it is at work, and what it cleans up when it is ended.
 AT_WORK = """
@@ -37,6 +37,16 @@ def test_a_mistake_is_one_line_and_a_bug_keeps_its_traceback(capsys: pytest.Capt
     assert capsys.readouterr() == ("", "error: it is damaged; take another\n")
     with pytest.raises(ZeroDivisionError):
         run_tool(lambda: 1 // 0)
+
+
+def test_a_file_system_that_refuses_is_no_bug_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device", "some/file")
+
+    assert run_tool(full) == EnvironmentSetupError.exit_code
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'some/file'\n"
+    with pytest.raises(FileNotFoundError):
+        run_tool(lambda: Path("no such file").stat().st_size)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,13 @@ def test_bad_evaluation_files(tmp_path: Path) -> None:
     bad.write_text(f'{{"question": "{QUESTION}"}}\nnot json\n')
     with pytest.raises(DataError, match=r"bad\.jsonl, line 2: not JSON"):
         EvaluationIndex([good, bad])
+    bad.write_text(f'["{QUESTION}"]\n')
+    assert hit(EvaluationIndex([bad]), QUESTION) is not None
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1: not a JSON object"):
+        EvaluationIndex([bad], fields=["question"])
+    bad.write_text(f'{{"question": "{QUESTION}"}}\n{{"question": "{"x" * (16 << 20)}"}}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: the line is longer than"):
+        EvaluationIndex([bad])
     with pytest.raises(DataError, match="no string of at least 8 words"):
         EvaluationIndex([good, evaluation_file(tmp_path, [{"x": "few words"}], "few.jsonl.gz")])
 

@@ -1,6 +1,9 @@
 """Which files are the input: paths, directories, globs, manifests and URLs, and what is refused."""
 
+import errno
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -9,7 +12,6 @@ import pytest
 from megads.data.documents import read_texts
 from megads.data.input_file import InputFile
 from megads.data.inputs import (
-    find_inputs,
     find_shards,
     find_sources,
     load_source_table,
@@ -33,13 +35,64 @@ def corpus(tmp_path: Path) -> Path:
     return root
 
 
-def test_find_inputs(corpus: Path) -> None:
-    found = find_inputs([corpus / "web", corpus / "web" / "notes.md"])
-    assert [str(p.relative_to(corpus)) for p in found] == ["web/1.jsonl", "web/b/2.json.gz", "web/notes.md"]
+def test_what_a_directory_stands_for(corpus: Path) -> None:
+    found = find_shards([str(corpus / "web"), str(corpus / "web" / "notes.md")])
+    names = [Path(shard.path).relative_to(corpus).as_posix() for shard in found]
+    assert names == ["web/1.jsonl", "web/b/2.json.gz", "web/notes.md"], "a file that is named is data"
     (corpus / "none").mkdir()
     for wrong in (corpus / "none", corpus / "missing"):
         with pytest.raises(DataError, match=wrong.name):
-            find_inputs([wrong])
+            find_shards([str(wrong)])
+
+
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_files_that_are_passed_over_are_told_of(
+    corpus: Path, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """A format that is not read, or an ending in capitals, would be a loss that nobody notices."""
+    (corpus / "beside.jsonl").write_text("{}")
+    write_json_lines(corpus / "web" / ".ipynb_checkpoints" / "1.jsonl", ["hidden"])
+    root = str(corpus)
+    for name in ("web/part-00000", "web/X.JSONL.GZ", "web/b/3.json.bz2"):
+        (corpus / name).touch()
+    if where == "remote":
+        root = f"memory://passed-over/{corpus.name}"
+        fsspec.filesystem("memory").put(str(corpus), f"/passed-over/{corpus.name}", recursive=True)
+    assert [shard.name for shard in find_sources(root)] == ["a.json", "1.jsonl", "b/2.json.gz"]
+    beside, web = caplog.messages
+    assert "1 data files lie beside the directories" in beside
+    assert "beside.jsonl" in beside
+    assert "web: 4 of its files are passed over" in web
+    assert "X.JSONL.GZ, 3.json.bz2, notes.md, ..." in web
+
+
+def test_links(corpus: Path, tmp_path: Path) -> None:
+    elsewhere = write_json_lines(tmp_path / "elsewhere" / "deep" / "9.json", ["9"])
+    (corpus / "books" / "linked").symlink_to(elsewhere.parents[1])
+    (corpus / "sourced").symlink_to(elsewhere.parent)
+    with pytest.raises(DataError, match=r"9\.json: given twice, as .*linked/deep/9\.json too"):
+        find_sources(str(corpus))
+    (corpus / "sourced").unlink()
+    names = [shard.name for shard in find_sources(str(corpus))]
+    assert names == ["a.json", "linked/deep/9.json", "1.jsonl", "b/2.json.gz"]
+    (corpus / "web" / "back").symlink_to(corpus)
+    with pytest.raises(DataError, match="back/web: this link leads back to"):
+        find_sources(str(corpus))
+
+
+def test_a_directory_that_cannot_be_read_is_not_taken_for_empty(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def refuse(path: Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="web/b: the directory cannot be read: Permission denied"):
+        find_sources(str(corpus))
 
 
 def test_a_corpus_is_a_directory_per_source(corpus: Path) -> None:

@@ -148,6 +148,18 @@ def test_a_rerun_does_only_what_is_missing(tmp_path: Path, corpus: Path, recipe:
     assert read_record(shards[0].prefix)["documents"] == 1  # type: ignore[index]
 
 
+def test_inputs_of_the_same_content_are_told_of(
+    tmp_path: Path, corpus: Path, recipe: Recipe, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_json_lines(corpus / "web" / "copy.jsonl", TEXTS[150:200])
+    for _ in range(2):  # made now, and done before
+        caplog.clear()
+        preprocess(shards_of(corpus, tmp_path / "out"), recipe)
+        (said,) = caplog.messages
+        assert said.startswith("These 2 files have the same content")
+        assert f"{corpus}/books/a.jsonl, {corpus}/web/copy.jsonl" in said
+
+
 def test_datasets_of_others_are_not_replaced(tmp_path: Path, corpus: Path, recipe: Recipe) -> None:
     shards = shards_of(corpus, tmp_path / "out")
     preprocess(shards, recipe)

@@ -11,7 +11,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from megads.data.documents import read_texts
 from megads.data.indexed import token_type
+from megads.data.inputs import find_shards
 from megads.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from megads.data.tokenizer_training import FIM_TOKENS, sample_texts, train_sentencepiece
 from megads.errors import DataError
@@ -194,10 +196,29 @@ def test_an_impossible_vocabulary_is_a_data_error(tmp_path: Path, vocab_size: in
     assert not list(tmp_path.iterdir())
 
 
+def test_training_passes_on_what_is_wrong_with_the_texts(tmp_path: Path) -> None:
+    """The trainer would wrap it, traceback and all, into an error of its own."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "some words"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"^\S+bad\.jsonl, line 2: field 'text' must be a string[^\n]*$"):
+        train_sentencepiece(read_texts([bad]), tmp_path / "t.model", 500)
+
+
+def test_a_tokenizer_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "t.model").touch()
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for read in (load_tokenizer, tokenizer_sha256):
+        with pytest.raises(DataError, match=r"t\.model: the tokenizer cannot be read: Permission denied"):
+            read(tmp_path / "t.model")
+
+
 def test_sampling_spreads_over_files(tmp_path: Path) -> None:
     small = write_json_lines(tmp_path / "small.jsonl", ["s" * 100] * 3)
     large = write_json_lines(tmp_path / "large.jsonl", ["l" * 100] * 100)
-    taken = list(sample_texts([large, small], max_bytes=2000))
+    taken = list(sample_texts(find_shards([str(large), str(small)]), max_bytes=2000))
     assert sum(text[0] == "s" for text in taken) == 3
     assert sum(text[0] == "l" for text in taken) == 17
 

@@ -152,6 +152,12 @@ def test_damaged_files(made: Made) -> None:
         assert bool(quick) == bool(made.problems(quick=True))
         shutil.copytree(copy, made.prefix.parent, dirs_exist_ok=True)
     assert made.problems() == ""
+    record = made.prefix.with_suffix(".json")
+    record.rename(record.with_suffix(".moved"))
+    record.mkdir()  # stands for any record that cannot be read
+    assert f"{record}: the record cannot be read" in made.problems(quick=True)
+    record.rmdir()
+    record.with_suffix(".moved").rename(record)
     made.prefix.with_suffix(".idx").unlink()
     assert "No such file" in made.problems(quick=True)
 

@@ -9,7 +9,7 @@ what is shorter still is not looked for, since ordinary text would match it, and
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Overlap:
 class EvaluationIndex:
     """The runs of words of evaluation files, to look documents up in.
 
-    `files`: JSON lines, plain or compressed. `fields`: only these top-level fields; all strings, nested
+    `files`: JSON lines, plain or compressed, paths or URLs. `fields`: only these top-level fields; all strings, nested
     ones too, without it. Raises DataError for unreadable files and for those with nothing to look for.
     """
 
@@ -54,14 +54,14 @@ class EvaluationIndex:
         found: dict[int, list[tuple[NDArray[np.uint64], int]]] = {}
         for file in files:
             before = len(self.items)
-            for place, text in _strings(Path(file), fields):
+            for place, text in _strings(os.fspath(file), fields):
                 ((words,),) = split_words([text], LETTERS)
                 if len(words) < min_words:
                     self.too_short += 1
                     continue
                 length = min(ngram_words, len(words))
                 found.setdefault(length, []).append((ngram_hashes(words.hashes, length), len(self.items)))
-                self.items.append(f"{Path(file).name}:{place}")
+                self.items.append(f"{PurePosixPath(file).name}:{place}")
             if len(self.items) == before:
                 raise DataError(
                     f"{file}: no string of at least {min_words} words to look for"
@@ -102,9 +102,11 @@ class _Table:
         return (int(places[hits[0]]), int(self.items[at[hits[0]]])) if hits.size else None
 
 
-def _strings(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _strings(path: str, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(LINE:FIELD, string) of every string in a file."""
     for batch in read_line_batches(path):
+        for too_long in batch.defects:
+            raise DataError(f"{path}, line {too_long.line}: {too_long.detail}")
         for line, raw in enumerate(batch.data.split(b"\n"), batch.first_line):
             if not raw.strip():
                 continue
@@ -113,7 +115,9 @@ def _strings(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
             except orjson.JSONDecodeError as error:
                 raise DataError(f"{path}, line {line}: not JSON: {error}.") from error
             if fields:
-                record = {name: record[name] for name in fields if name in record} if record else {}
+                if not isinstance(record, dict):
+                    raise DataError(f"{path}, line {line}: not a JSON object, so it has none of the fields.")
+                record = {name: record[name] for name in fields if name in record}
             for name, text in _nested(record, ""):
                 yield f"{line}:{name}", text
 
