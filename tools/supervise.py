@@ -27,10 +27,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoints", type=Path, action="append", default=[], metavar="DIR", help="where the command's "
         "checkpoints are (default: what its configuration says)")  # fmt: skip
-    add("--tries", type=int, default=3, help="given up after so many in a row without a later checkpoint "
+    add("--tries", type=int, default=3, help="given up after so many in a row without a new checkpoint "
         "(default: %(default)s)")  # fmt: skip
     add("--backoff-seconds", type=float, default=10.0, help="before another try; doubled after each without "
-        "a later checkpoint (default: %(default)s)")  # fmt: skip
+        "a new checkpoint (default: %(default)s)")  # fmt: skip
     add("--longest-backoff-seconds", type=float, default=300.0, help="(default: %(default)s)")
     add("--stop-seconds", type=float, default=600.0, help="that the command has to save and stop after a "
         "signal (default: %(default)s)")  # fmt: skip

@@ -2,8 +2,8 @@
 
 The job script asks before and after each try: `python restart.py before|after --job JOB -- ARGUMENTS`, where
 ARGUMENTS are those of `pretrain_megads.py`. A file next to the checkpoints remembers, for one job or chain
-of jobs, which checkpoint was the newest at its start and after each try. Progress is a new checkpoint: a run
-that ends again and again without one is given up.
+of jobs, which checkpoints there were at its start and after each try. A run that ends again and again without
+progress (`progress.py`) is given up.
 """
 
 import argparse
@@ -11,13 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megads.config.flags import parse_flags
 from megads.config.resolve import checkpoint_directory
-from megads.config.stages import Stage, load_stages
+from megads.config.stages import load_stages
 from megads.errors import MegadsError, RunStopped
+from megads.launch.progress import Saved, saved_checkpoints
 
 FILE_NAME = "restarts.json"
 # The script adds this to the codes of what another try cannot mend: mistakes, and a budget that is spent.
@@ -26,17 +27,17 @@ FINAL = 200
 
 @dataclass
 class Tries:
-    """What is remembered of one job. Checkpoints are told apart by path and time; "" is none."""
+    """What is remembered of one job: the checkpoints at its `first` start, and `before` its latest try."""
 
     job: str
-    first: str
-    newest: str
+    first: frozenset[Saved]
+    before: frozenset[Saved]
     without_progress: int = 0
 
-    def count(self, newest: str) -> None:
+    def count(self, saved: frozenset[Saved]) -> None:
         """Note the end of a try."""
-        self.without_progress = 0 if newest != self.newest else self.without_progress + 1
-        self.newest = newest
+        self.without_progress = 0 if saved - self.before else self.without_progress + 1
+        self.before = saved
 
 
 @dataclass(frozen=True)
@@ -66,28 +67,21 @@ def judge(code: int, tries: Tries, most: int) -> Verdict:
     )
 
 
-def newest_checkpoint(stages: Sequence[Stage]) -> str:
-    """The checkpoint committed last in any stage, as text that no other one has; "" where there is none."""
-    found = [
-        (manifest.stat().st_mtime_ns, str(manifest.parent))
-        for stage in stages
-        for manifest in Path(checkpoint_directory(stage.config)).glob("step_*/COMMIT.json")
-    ]
-    return "{1} {0}".format(*max(found)) if found else ""
-
-
-def _load(path: Path, job: str, newest: str) -> Tries:
+def _load(path: Path, job: str, saved: frozenset[Saved]) -> Tries:
     try:
-        tries = Tries(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return Tries(job, newest, newest)
-    return tries if tries.job == job else Tries(job, newest, newest)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        first, before = (frozenset(Saved(*entry) for entry in content[name]) for name in ("first", "before"))
+        tries = Tries(content["job"], first, before, content["without_progress"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return Tries(job, saved, saved)
+    return tries if tries.job == job else Tries(job, saved, saved)
 
 
 def _save(path: Path, tries: Tries) -> None:
+    content = vars(tries) | {"first": sorted(tries.first), "before": sorted(tries.before)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(tries)), encoding="utf-8")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(path)
 
 
@@ -107,16 +101,17 @@ def main(argv: Sequence[str]) -> int:
     except MegadsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    newest = newest_checkpoint(stages)
-    path = Path(checkpoint_directory(stages[0].config)).parent / FILE_NAME
-    tries = _load(path, options.job, newest)
+    directories = [Path(checkpoint_directory(stage.config)) for stage in stages]
+    saved = saved_checkpoints(directories)
+    path = directories[0].parent / FILE_NAME
+    tries = _load(path, options.job, saved)
     if options.when == "before":
         _save(path, tries)
-        if newest != tries.first:
+        if saved - tries.first:
             # What the user named was where the first try started; this one goes on from what has come since.
             print("--checkpointing.load=latest")
         return 0
-    tries.count(newest)
+    tries.count(saved)
     _save(path, tries)
     verdict = judge(options.code, tries, stages[0].config.distributed.slurm.max_tries_without_progress)
     print(verdict.why, file=sys.stderr)

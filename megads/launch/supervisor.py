@@ -39,6 +39,7 @@ from megads.errors import (
     TrainingError,
 )
 from megads.launch.options import parse_options
+from megads.launch.progress import saved_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,6 @@ KINDS: dict[str, type[MegadsError]] = {
 }
 # As pretrain_megads.py prints it, after the name of a host where there are several.
 _ERROR = re.compile(rf"(?:\S+: )?(?:rank \d+: )?({'|'.join(KINDS)}): ")
-_CHECKPOINT = re.compile(r"step_(\d{8,})(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -110,19 +110,6 @@ def describe_run(command: Sequence[str], directories: Sequence[Path] = ()) -> Ru
     return Run(tuple(directories) or own, again, stages[0].config.checkpointing.preemption)
 
 
-def progress(directories: Sequence[Path]) -> tuple[int, int]:
-    """(number of the stage, step) of the newest committed checkpoint; (-1, -1) where there is none."""
-    return max(
-        (
-            (stage, int(match[1]))
-            for stage, directory in enumerate(directories)
-            for manifest in directory.glob("step_*/COMMIT.json")
-            if (match := _CHECKPOINT.fullmatch(manifest.parent.name))
-        ),
-        default=(-1, -1),
-    )
-
-
 @dataclass(frozen=True)
 class Ended:
     """How a try ended: its exit code, and the last lines that it wrote to standard error."""
@@ -156,26 +143,26 @@ class Supervisor:
     def supervise(self) -> int:
         """The exit code: 0 finished, 75 stopped, or a mistake's. Raises TrainingError when it gives up."""
         _become_subreaper()
-        before = first = progress(self._run.directories)
+        before = first = saved_checkpoints(self._run.directories)
         without_progress, tries = 0, 0
         with self._handlers():
             while True:
                 tries += 1
-                command = self._command + (list(self._run.again) if before > first else [])
+                command = self._command + (list(self._run.again) if before - first else [])
                 logger.info("try %d: %s", tries, " ".join(command))
                 ended = self._one_try(command)
                 if ended.code == 0:
                     logger.info("finished after %d tries", tries)
                     return 0
-                after = progress(self._run.directories)
-                without_progress = 0 if after > before else without_progress + 1
+                after = saved_checkpoints(self._run.directories)
+                without_progress = 0 if after - before else without_progress + 1
                 before = after
                 if (code := self._last_code(ended)) is not None:
                     return code
                 if without_progress >= self._policy.tries_without_progress:
                     raise TrainingError(_gave_up(ended, without_progress))
                 pause = self._policy.backoff(without_progress)
-                where = f"step {after[1]}" if after[1] >= 0 else "the start"
+                where = f"step {max(after).step}" if after else "the start"
                 logger.warning("%s; again in %.0f s from %s", _how(ended), pause, where)
                 if self._wake.wait(pause):
                     return self._stopped(ended)
@@ -297,7 +284,7 @@ def _gave_up(ended: Ended, tries: int) -> str:
         shown = (ended.error_line, "...", *shown)
     lines = "\n".join(f"    {line}" for line in shown) or "    (nothing on standard error)"
     return (
-        f"given up: {tries} tries in a row saved no later checkpoint; the last one {_how(ended)}. Mend what "
+        f"given up: {tries} tries in a row saved no checkpoint; the last one {_how(ended)}. Mend what "
         f"it says, or let it save more often (training.save_interval). Its last lines:\n{lines}"
     )
 

@@ -1,5 +1,6 @@
 """Whether a job that ended starts again: by its exit code, and by what it has saved since."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ STOPPED = RunStopped.exit_code
     ],
 )  # fmt: skip
 def test_judge(code: int, tries: int, again: bool) -> None:
-    verdict = judge(code, Tries("1", "", "", tries), most=3)
+    verdict = judge(code, Tries("1", frozenset(), frozenset(), tries), most=3)
     assert verdict.again is again
     assert verdict.why
 
@@ -69,6 +70,19 @@ def test_progress_is_a_new_checkpoint(run: Run) -> None:
     assert [run.after(), run.after(), run.after()] == [0, 0, 1]
     run.save("step_00000001-2")  # of a run that went back: an earlier step, saved later
     assert run.after() == 0
+    (run.directory / "checkpoints" / "step_00000002").rename(
+        run.directory / "checkpoints" / "step_00000002.bad"
+    )
+    assert [run.after(), run.after()] == [0, 1], "one set aside is no new one"
+
+
+def test_a_clock_that_is_behind_hides_no_progress(run: Run) -> None:
+    """Each try may be on another node, with a clock of its own."""
+    run.save("step_00000001")
+    run.before()
+    run.save("step_00000002")
+    os.utime(run.directory / "checkpoints" / "step_00000002" / "COMMIT.json", (1, 1))
+    assert [run.after(), run.after(), run.after()] == [0, 0, 1]
 
 
 def test_a_try_goes_on_from_what_the_job_has_saved(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from megads.config.schema import Config
 from megads.errors import BudgetReached, ConfigError, DataError, MegadsError, RunStopped, TrainingError
-from megads.launch.supervisor import Ended, Policy, describe_run, progress
+from megads.launch.progress import saved_checkpoints
+from megads.launch.supervisor import Ended, Policy, describe_run
 from tests.e2e.commands import ROOT
 
 # Saves a checkpoint each time it runs, and is finished with its last.
@@ -49,7 +50,6 @@ def run(*command: object, checkpoints: Path, tries: int = 3) -> subprocess.Compl
 def test_killed_twice_it_finishes(tmp_path: Path) -> None:
     done = run(TRAINS, tmp_path, 3, checkpoints=tmp_path, tries=1)
     assert done.returncode == 0, done.stderr
-    assert progress([tmp_path]) == (0, 3)
     assert done.stderr.count("ended by SIGKILL") == 2
     assert "finished after 3 tries" in done.stderr
 
@@ -59,7 +59,7 @@ def test_without_progress_it_is_given_up(tmp_path: Path) -> None:
     done = run("import sys; print('the disk', 'is gone', file=sys.stderr); sys.exit(1)", checkpoints=tmp_path)
     assert done.returncode == TrainingError.exit_code
     assert done.stderr.count("the disk is gone") == 4, "three tries, and the report"
-    assert "3 tries in a row saved no later checkpoint" in done.stderr
+    assert "3 tries in a row saved no checkpoint" in done.stderr
 
 
 def test_pauses_double_up_to_the_longest() -> None:
@@ -179,17 +179,36 @@ def test_the_run_ends_with_its_supervisor(tmp_path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_progress_counts_stages_first(tmp_path: Path) -> None:
+# After the first try it goes back: step 5 again, saved later, as after a spike of the loss.
+GOES_BACK = """
+import os, pathlib, signal, sys
+d = pathlib.Path(sys.argv[1])
+names = [name for name in ("step_00000009", "step_00000005", "step_00000005-2") if not (d / name).exists()]
+if not names:
+    sys.exit(0)
+(d / names[0]).mkdir(parents=True)
+(d / names[0] / "COMMIT.json").write_text("{}")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_earlier_step_saved_later_is_progress(tmp_path: Path) -> None:
+    done = run(GOES_BACK, tmp_path, checkpoints=tmp_path, tries=1)
+    assert done.returncode == 0, done.stderr
+    assert "finished after 4 tries" in done.stderr
+
+
+def test_saved_checkpoints_are_ordered_by_stage_first(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    assert progress([a, b]) == (-1, -1)
+    assert saved_checkpoints([a, b]) == frozenset()
     for directory, name in ((a, "step_00000900"), (a, "step_00000100-2"), (a, "step_00000950.bad")):
         (directory / name).mkdir(parents=True)
         (directory / name / "COMMIT.json").write_text("{}")
-    assert progress([a, b]) == (0, 900)
+    assert sorted(one[:3] for one in saved_checkpoints([a, b])) == [(0, 100, 2), (0, 900, 1)]
     (b / "step_00000001").mkdir(parents=True)
-    assert progress([a, b]) == (0, 900), "not committed"
+    assert max(saved_checkpoints([a, b])).step == 900, "not committed"
     (b / "step_00000001" / "COMMIT.json").write_text("{}")
-    assert progress([a, b]) == (1, 1)
+    assert max(saved_checkpoints([a, b]))[:3] == (1, 1, 1)
 
 
 def test_what_a_command_says_of_itself(tmp_path: Path) -> None:
