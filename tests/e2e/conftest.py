@@ -39,12 +39,16 @@ def data(corpus: Path) -> Path:
 
 @pytest.fixture
 def config(data: Path, tmp_path: Path) -> Path:
-    """MLA, MoE and MTP at the smallest sizes; every step is logged; the run is in tmp_path/run."""
+    return tiny_config(data, tmp_path)
+
+
+def tiny_config(data: Path, directory: Path) -> Path:
+    """MLA, MoE and MTP at the smallest sizes; every step is logged; the run is in `directory`/run."""
     return write_json(
-        tmp_path / "config.json",
+        directory / "config.json",
         {
             "extends": str(ROOT / "configs" / "debug.json"),
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(directory / "run"),
             "model": {
                 "num_layers": 2,
                 "vocab_size": VOCAB_SIZE,

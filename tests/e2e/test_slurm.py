@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.commands import ROOT, Finished, records, run, steps, tool, write_json
+from tests.e2e.commands import ROOT, Finished, pretrain_well, records, run, steps, tool, write_json
+from tests.e2e.conftest import tiny_config
 from tests.e2e.slurm_cluster import NODES, SlurmCluster, missing
 from tests.unit.test_launch_slurm import HOSTILE
 
@@ -75,7 +76,7 @@ class Job:
         return self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
 
     def losses(self) -> dict[int, float]:
-        return {record["step"]: record["lm_loss"] for record in records(self.output, "train")}
+        return losses(self.output)
 
 
 def launch(cluster: SlurmCluster, *arguments: object) -> Finished:
@@ -89,9 +90,16 @@ def job(cluster: SlurmCluster, config: Path, tmp_path: Path) -> Job:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted() -> dict[int, float]:
-    """The losses of a run that nothing happened to; filled by the first test."""
-    return {}
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of a run on two processes that nothing happened to, SLURM neither."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    flags = ("--config", tiny_config(data, directory), "--training.train_steps", 5000)
+    pretrain_well(*flags, "--training.exit_step", LAST_STEP, processes=2)
+    return losses(directory / "run")
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {record["step"]: record["lm_loss"] for record in records(output, "train")}
 
 
 def test_a_run_on_two_nodes(job: Job, uninterrupted: dict[int, float]) -> None:
@@ -109,7 +117,7 @@ def test_a_run_on_two_nodes(job: Job, uninterrupted: dict[int, float]) -> None:
     assert f"JobName={HOSTILE_NAME}\n" in shown
     assert f"Comment={' '.join(HOSTILE)}" in shown
     assert not list(ROOT.glob("bad*"))
-    uninterrupted.update(job.losses())
+    assert job.losses() == uninterrupted
 
 
 def test_the_time_limit_saves_and_requeues(job: Job, uninterrupted: dict[int, float]) -> None:
