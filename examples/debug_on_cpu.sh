@@ -6,12 +6,7 @@ cd "$(dirname "$0")/.."
 command -v torchrun >/dev/null || PATH="$PWD/.venv/bin:$PATH"
 data=${DATA:-data/sample}
 
-if [ ! -d "$data/code" ]; then
-  python tools/make_sample_corpus.py --output "$data/corpus" --overwrite
-  python tools/train_tokenizer.py --input "$data/corpus" --output "$data/tokenizer.model" --overwrite
-  python tools/preprocess_dolma.py --input-root "$data/corpus" --output-root "$data" \
-    --tokenizer "$data/tokenizer.model" --overwrite
-fi
+python tools/make_sample_data.py --output "$data"
 
 # --distributed.device cpu: also where there is a GPU. One thread per process: two processes, two cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -22,7 +22,6 @@ import orjson
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = Path("configs/demo.json")
 DATA, OUTPUT = Path("data/sample"), Path("outputs/demo")
-CORPUS, TOKENIZER, MADE = DATA / "corpus", DATA / "tokenizer.model", DATA / "made_by_demo.json"
 CORPUS_MB, VOCAB_SIZE = 12, 4096
 STOP_STEP = 100
 BATCH_SEQUENCES = 8
@@ -100,30 +99,14 @@ class Demo:
             raise DemoFailed("the run is not what it should be:\n" + "\n".join(f"  {p}" for p in problems))
 
     def prepare_data(self) -> None:
-        made = orjson.dumps({"corpus_mb": CORPUS_MB, "vocab_size": VOCAB_SIZE})
-        if MADE.is_file() and MADE.read_bytes() == made:
-            self.announce(f"Data: {DATA} is there from an earlier demo (delete it to make it again)")
-            return
         self.announce(
-            f"Corpus: {CORPUS_MB} MB of real text in 6 domains, from what this machine has installed"
+            f"Data: {CORPUS_MB} MB of real text in 6 domains, from what this machine has installed; a "
+            f"sentencepiece BPE tokenizer with {VOCAB_SIZE:,} pieces; an indexed dataset per domain"
         )
-        self.tool("make_sample_corpus.py", "--output", CORPUS, "--mb", CORPUS_MB, "--overwrite")
-        self.announce(f"Tokenizer: sentencepiece BPE with {VOCAB_SIZE:,} pieces, trained on the corpus")
-        self.tool(
-            "train_tokenizer.py", "--input", CORPUS, "--output", TOKENIZER, "--vocab-size", VOCAB_SIZE,
-            "--overwrite",
-        )  # fmt: skip
-        self.announce("Preprocessing: gzipped JSON lines to indexed datasets, one per domain")
-        self.tool(
-            "preprocess_dolma.py", "--input-root", CORPUS, "--output-root", DATA, "--tokenizer", TOKENIZER,
-            "--overwrite",
-        )  # fmt: skip
-        MADE.write_bytes(made)
-
-    def tool(self, name: str, *arguments: object) -> None:
-        command = [sys.executable, str(Path("tools") / name), *map(str, arguments)]
-        if code := subprocess.run(command, check=False).returncode:
-            raise DemoFailed(f"tools/{name} ended with exit code {code}")
+        tool = ("tools/make_sample_data.py", "--output", str(DATA), "--overwrite")
+        size = ("--mb", str(CORPUS_MB), "--vocab-size", str(VOCAB_SIZE))
+        if code := subprocess.run([sys.executable, *tool, *size], check=False).returncode:
+            raise DemoFailed(f"tools/make_sample_data.py ended with exit code {code}")
 
     def train(self, flags: Sequence[str]) -> None:
         """One torchrun; its step lines are shown, everything goes to a log."""

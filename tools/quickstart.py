@@ -36,7 +36,7 @@ from megads.launch.environment import Check, check_environment, check_tokenizer,
 CONFIGS = ROOT / "configs"
 FIRST_CONFIG = CONFIGS / "debug.json"
 SAMPLE = Path("data/sample")
-SAMPLE_MB, SAMPLE_VOCAB_SIZE = 12, 4096
+SAMPLE_VOCAB_SIZE = 4096
 LEVEL_STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
@@ -181,7 +181,7 @@ class Interview:
             if check_tokenizer(config).level == "error":
                 self._flags += ["--tokenizer-model", ask("Its tokenizer, or Enter for none", "null", str)]
             return
-        made = sample_datasets() or make_sample(min(SAMPLE_VOCAB_SIZE, config.model.vocab_size))
+        made = make_sample(min(SAMPLE_VOCAB_SIZE, config.model.vocab_size))
         if missing_sources(config.data):
             self._flags += ["--data-path", *map(str, made)]
             self._flags += ["--tokenizer-model", str(SAMPLE / "tokenizer.model")]
@@ -217,29 +217,11 @@ def _dataset(text: str) -> str:
 
 
 def make_sample(vocab_size: int) -> list[Path]:
-    """A corpus of what this machine has installed, a tokenizer, and a dataset per source: a minute or two."""
-    corpus, tokenizer = SAMPLE / "corpus", SAMPLE / "tokenizer.model"
-    steps: tuple[tuple[object, ...], ...] = (
-        ("make_sample_corpus.py", "--output", corpus, "--mb", SAMPLE_MB, "--overwrite"),
-        (
-            "train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", vocab_size,
-            "--overwrite",
-        ),
-        (
-            "preprocess_dolma.py", "--input-root", corpus, "--output-root", SAMPLE, "--tokenizer", tokenizer,
-            "--overwrite",
-        ),
-    )  # fmt: skip
-    for name, *words in steps:
-        command = [sys.executable, str(ROOT / "tools" / str(name)), *map(str, words)]
-        print(f"$ {shlex.join(command)}", flush=True)
-        if code := subprocess.run(command, check=False).returncode:
-            raise EnvironmentSetupError(f"tools/{name} ended with exit code {code}; see what it said above")
-    return sample_datasets()
-
-
-def sample_datasets() -> list[Path]:
-    """A directory per source, as this tool or the demo made them."""
+    """A dataset per source, where none are there yet with a tokenizer of their own: a minute or two."""
+    tool = (str(ROOT / "tools" / "make_sample_data.py"), "--output", str(SAMPLE))
+    command = [sys.executable, *tool, "--vocab-size", str(vocab_size)]
+    if code := subprocess.run(command, check=False).returncode:
+        raise EnvironmentSetupError(f"the sample data could not be made (exit code {code}), see above")
     return sorted(path for path in SAMPLE.glob("*") if any(path.glob("*.idx")))
 
 

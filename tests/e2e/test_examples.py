@@ -1,6 +1,7 @@
 """The scripts of examples/ and the judgement of the demo: what runs on a CPU runs here, at tiny sizes."""
 
 import importlib.util
+import json
 import math
 import os
 import shlex
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.commands import ENVIRONMENT, ROOT, Finished, records, run, steps
+from tests.e2e.commands import ENVIRONMENT, ROOT, Finished, records, run, steps, tool
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
 TINY = shlex.split(
@@ -36,6 +37,31 @@ def test_the_scripts_are_short_strict_and_executable() -> None:
         assert "set -euo pipefail" in lines
         assert len(lines) <= 30, script.name
         assert os.access(script, os.X_OK), script.name
+
+
+def test_sample_data_are_made_once(tmp_path: Path) -> None:
+    """Again after an interruption, and in another size on request, with nothing left of the first."""
+
+    def make(*flags: object) -> str:
+        done = tool("make_sample_data.py", "--output", tmp_path, "--mb", 1, "--vocab-size", *flags)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "train_tokenizer.py" in make(700)
+    assert "there already" in make(600)
+    (tmp_path / "code" / "code-0007.idx").touch()  # a larger corpus has more shards
+    assert "train_tokenizer.py" in make(600, "--overwrite")
+    assert not (tmp_path / "code" / "code-0007.idx").exists()
+    record = json.loads((tmp_path / "sample.json").read_text())
+    assert record == {"mb": 1, "vocab_size": 600}
+    (tmp_path / "sample.json").write_text("")
+    assert "train_tokenizer.py" in make(600)
+
+
+def test_somebodys_own_data_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    assert "there already" in tool("make_sample_data.py", "--output", tmp_path).stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
 
 
 def test_debug_on_cpu(data: Path, tmp_path: Path) -> None:
