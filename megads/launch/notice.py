@@ -4,6 +4,7 @@ Sources: AWS, "Spot Instance interruption notices" (2 minutes before; IMDSv2); G
 instances", metadata `instance/preempted` (30 s); Azure, "Scheduled Events" (at least 30 s).
 """
 
+import http.client
 import logging
 import re
 import subprocess
@@ -12,8 +13,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-from megads.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +76,14 @@ def _ask(request: urllib.request.Request) -> tuple[str, bool]:
         if error.code == 404:
             return "", False
         raise
+    except http.client.HTTPException as error:
+        raise OSError(f"{request.full_url} does not speak HTTP: {type(error).__name__}: {error}") from error
 
 
 def build_check(notice: str | None, command: Sequence[str]) -> Callable[[], bool] | None:
-    """What to ask, None for nothing. Raises ConfigError for what is neither a service nor a URL."""
+    """What to ask, None for nothing; `notice` is one of `SERVICES` or a URL."""
     checks: list[Callable[[], bool]] = []
     if notice is not None:
-        if notice not in SERVICES and not notice.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"checkpointing.preemption.notice = {notice!r} is neither a URL nor one of "
-                f"{', '.join(SERVICES)}: correct it, or leave it out"
-            )
         checks.append(SERVICES.get(notice, Endpoint(notice)).noticed)
     if command:
         checks.append(lambda: _succeeds(command))

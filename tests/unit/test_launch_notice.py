@@ -1,5 +1,6 @@
 """Preemption notices, asked for at a local server that answers as the metadata services document it."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,8 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megads.errors import ConfigError
-from megads.launch.notice import SERVICES, NoticeWatch, build_check
+from megads.config.loader import load_config
+from megads.config.validate import find_problems
+from megads.launch.notice import SERVICES, Endpoint, NoticeWatch, build_check
 
 TOKEN = "secret-token"
 
@@ -105,9 +107,33 @@ def test_either_will_do(server: Metadata) -> None:
     assert check()
 
 
-def test_mistake() -> None:
-    with pytest.raises(ConfigError, match="neither a URL nor one of aws, gcp, azure"):
-        build_check("amazon", ())
+@pytest.mark.parametrize("notice", ["amazon", "169.254.169.254/mine", "http://", ""])
+def test_a_mistake_is_told_with_those_of_the_configuration(notice: str) -> None:
+    config = load_config(None, {"checkpointing.preemption.notice": notice})
+    problems = [one for one in find_problems(config, 1, cuda=False) if "notice" in one]
+    assert len(problems) == 1
+    assert "neither a URL nor one of aws, gcp, azure" in problems[0]
+
+
+@pytest.mark.parametrize("notice", [*SERVICES, "http://127.0.0.1:8080/notice", None])
+def test_what_can_be_asked(notice: str | None) -> None:
+    config = load_config(None, {"checkpointing.preemption.notice": notice})
+    assert not [one for one in find_problems(config, 1, cuda=False) if "notice" in one]
+
+
+def test_who_answers_but_not_in_http_does_not_end_the_watch() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"hello\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(OSError, match="does not speak HTTP"):
+            Endpoint(url).noticed()
 
 
 def test_watch_outlives_a_service_that_is_away(server: Metadata, caplog: pytest.LogCaptureFixture) -> None:
