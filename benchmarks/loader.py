@@ -74,7 +74,6 @@ def loaded_per_second(config: Config, workers: int, seconds: float) -> float:
         num_workers=workers,
         prefetch_factor=config.data.prefetch_factor,
         pin_memory=False,
-        persistent_workers=False,
     )
     for _ in range(20):
         next(loader)

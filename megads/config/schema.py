@@ -607,7 +607,9 @@ class Data(Section):
     )
     prefetch_factor: int = setting(2, "batches each worker keeps ready", gt=0)
     pin_memory: bool = setting(True, "page-locked host memory (CUDA only)")
-    persistent_workers: bool = setting(True, "keep the workers between evaluations")
+    persistent_workers: bool = setting(
+        True, "has no effect: loader processes live as long as the run, and validation needs none"
+    )
     reset_position_ids: bool = setting(
         False, "positions restart at each document", flags=("--reset-position-ids",)
     )

@@ -27,6 +27,8 @@ from megads.config.schema import Budget, Config, Data, Training
 from megads.config.tree import get
 from megads.errors import ConfigError
 
+NOTICE_SERVICES = ("aws", "gcp", "azure")
+
 
 def check(config: Config, world_size: int, cuda: bool) -> None:
     """Raises one ConfigError that lists every reason why `config` cannot run on this many processes."""
@@ -123,6 +125,7 @@ def _inert(config: Config) -> Iterator[tuple[list[str], str]]:
         yield ["model.mla.fallback_to_dense"], "use_flash_mla is false"
     if not config.distributed.zero_offload:
         yield ["distributed.zero_offload_fraction"], "zero_offload is false"
+    yield ["data.persistent_workers"], "loader processes live as long as the run, and validation needs none"
     yield from validate_precision.inert_precision(config)
     yield from _inert_checks(config)
 
@@ -217,6 +220,12 @@ def _length(config: Config) -> Iterator[str]:
 
 def _checkpointing(config: Config) -> Iterator[str]:
     checkpointing = config.checkpointing
+    notice = checkpointing.preemption.notice
+    if notice is not None and notice not in NOTICE_SERVICES and not re.match(r"https?://[^\s/]", notice):
+        yield (
+            f"checkpointing.preemption.notice = {notice!r} is neither a URL nor one of "
+            f"{', '.join(NOTICE_SERVICES)}: correct it, or leave it out"
+        )
     if not checkpointing.save_scheduler:
         yield (
             "checkpointing.save_scheduler = false is refused: no run could go on from such a checkpoint. "

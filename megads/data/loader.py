@@ -98,16 +98,14 @@ class OneTensor:
 
 
 class Loader(Iterator[dict[str, Tensor]]):
-    """Micro-batches, one after the other; `rewind` starts again elsewhere, `close` ends the workers.
+    """Micro-batches, one after the other; `close` ends the workers.
 
-    With `persistent_workers` a rewind keeps the worker processes, which is what makes evaluating
-    every few steps cheap. StopIteration when no full round is left; TrainingError when a worker was
-    killed; an error that a worker raised keeps its type.
+    StopIteration when no full round is left; TrainingError when a worker was killed; an error that a
+    worker raised keeps its type.
     """
 
-    def __init__(self, loader: DataLoader[dict[str, Tensor]], sampler: MicroBatchSampler) -> None:
+    def __init__(self, loader: DataLoader[dict[str, Tensor]]) -> None:
         self._loader = loader
-        self._sampler = sampler
         self._batches: Iterator[Any] | None = None
 
     def __iter__(self) -> Self:
@@ -133,16 +131,9 @@ class Loader(Iterator[dict[str, Tensor]]):
                 "data.num_workers need less memory."
             ) from error
 
-    def rewind(self, consumed_samples: int) -> None:
-        """Go on at another position."""
-        self._sampler.consumed_samples = consumed_samples
-        self._batches = None
-
     def close(self) -> None:
         """End the worker processes now; otherwise they end with this object."""
         self._batches = None
-        # DataLoader keeps persistent workers in this attribute, and has no public way to end them.
-        self._loader._iterator = None
 
 
 def build_loader(
@@ -155,7 +146,6 @@ def build_loader(
     num_workers: int,
     prefetch_factor: int,
     pin_memory: bool,
-    persistent_workers: bool,
 ) -> Loader:
     """Micro-batches of `dataset` for one data-parallel rank: each value of a sample, stacked [B, S].
 
@@ -167,7 +157,6 @@ def build_loader(
     if num_workers > 0:
         of_workers = {
             "prefetch_factor": prefetch_factor,
-            "persistent_workers": persistent_workers,
             "worker_init_fn": _start_worker,
             "multiprocessing_context": "fork",
             "collate_fn": OneTensor.pack,
@@ -175,7 +164,7 @@ def build_loader(
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         dataset, batch_sampler=sampler, num_workers=num_workers, pin_memory=pin_memory, **of_workers
     )
-    return Loader(loader, sampler)
+    return Loader(loader)
 
 
 def _start_worker(worker_id: int) -> None:

@@ -99,21 +99,21 @@ class BudgetWatch:
         if self._clock() - self._written >= SECONDS_BETWEEN_WRITES:
             self._write(spent)
 
-    def check(
-        self,
-        state: TrainState,
-        largest: Callable[[float], float],
-        tell: Callable[[dict[str, Any], str], None],
-    ) -> str | None:
-        """The limit that is reached, in words, if one is; collective.
+    def share(self, state: TrainState) -> float:
+        """What is used of the nearest limit by this process's account; 0 without a limit."""
+        return Spent(state.job_seconds, state.cost).nearest_limit(self._budget)[0]
 
-        `largest` gives the largest value of any rank. `tell` gets facts and a sentence once at each share
-        of `budget.warn_at`, and at the limit; alerts go out then.
+    def check(
+        self, state: TrainState, share: float, tell: Callable[[dict[str, Any], str], None]
+    ) -> str | None:
+        """The limit that is reached, in words, if one is.
+
+        `share` is the largest one of any rank. `tell` gets facts and a sentence once at each share of
+        `budget.warn_at`, and at the limit; alerts go out then.
         """
-        share, text = Spent(state.job_seconds, state.cost).nearest_limit(self._budget)
+        _, text = Spent(state.job_seconds, state.cost).nearest_limit(self._budget)
         if not text:
             return None
-        share = largest(share)
         reached = [mark for mark in (*self._budget.warn_at, 1.0) if mark <= share and mark not in self._told]
         if reached:
             self._told += reached

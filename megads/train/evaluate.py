@@ -46,7 +46,6 @@ class Validation:
                 num_workers=0,
                 prefetch_factor=self._config.data.prefetch_factor,
                 pin_memory=False,
-                persistent_workers=False,
             )
         sums, counts = self._step.evaluate(batches, micro_batches)
         return float(sums[0] / torch.clamp(counts[0], min=1))

@@ -163,16 +163,17 @@ class Run:
                     roll_back(self, self.verdict)
                 else:
                     self._after_step(last_step)
-                if signal_name := self.stop.agreed():
+                signal_name, share = self.stop.agreed(self.budget.share(self.state))
+                if signal_name:
                     logger.info(
                         "%s received: saving and stopping after step %d", signal_name, self.state.step
                     )
                     break
-                if limit := self.budget.check(self.state, self.stop.largest, self._tell_budget):
+                if limit := self.budget.check(self.state, share, self._tell_budget):
                     break
             completed = self.state.step >= self.resolved.train_steps
             self._finish(completed)
-            if signal_name := self.stop.agreed():
+            if signal_name := self.stop.agreed()[0]:
                 raise RunStopped(
                     f"{signal_name}: saved after step {self.state.step}; the same command goes on from there"
                 )
@@ -205,7 +206,6 @@ class Run:
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
             pin_memory=data.pin_memory and self.resolved.device == "cuda",
-            persistent_workers=data.persistent_workers and data.num_workers > 0,
         )
 
     def _one_step(self) -> None:

@@ -37,24 +37,29 @@ class StopRequest:
             os._exit(128 + number)
         self._received = number
 
-    def agreed(self) -> str | None:
-        """The name of the signal that any rank received, or "preemption notice", else None; collective."""
+    def agreed(self, budget_share: float = 0.0) -> tuple[str | None, float]:
+        """What all ranks are to do after a step; collective, one reduction.
+
+        First the name of the signal that any rank received, or "preemption notice", else None; then the
+        largest `budget_share` of any rank.
+        """
         noticed = self._watch is not None and self._watch.noticed.is_set()
-        flag = torch.tensor([NOTICE if noticed else self._received or 0], dtype=torch.int32, device="cpu")
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        if int(flag) == NOTICE:
-            return "preemption notice"
-        return signal.Signals(int(flag)).name if flag else None
+        number, share = self._largest(NOTICE if noticed else self._received or 0, budget_share)
+        if number == NOTICE:
+            return "preemption notice", share
+        return signal.Signals(int(number)).name if number else None, share
 
     def largest(self, value: float) -> float:
         """The largest `value` of any rank, infinite if one is not finite; collective.
 
         For decisions that all ranks must take alike.
         """
-        known = value if math.isfinite(value) else math.inf
-        tensor = torch.tensor([known], dtype=torch.float64, device="cpu")
+        return self._largest(value if math.isfinite(value) else math.inf)[0]
+
+    def _largest(self, *values: float) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device="cpu")
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
-        return float(tensor)
+        return tensor.tolist()
 
     def close(self) -> None:
         """Give the signals back to whom they belonged, and ask for no notices."""

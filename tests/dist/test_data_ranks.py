@@ -90,23 +90,22 @@ def load_beside_collectives(directory: str, num_workers: int) -> list[list[int]]
     assert built.valid is not None
     of_rank = {
         "micro_batch_size": 2, "dp_rank": rank, "dp_size": size, "num_workers": num_workers,
-        "prefetch_factor": 2, "pin_memory": False, "persistent_workers": True,
+        "prefetch_factor": 2, "pin_memory": False,
     }  # fmt: skip
     train = build_loader(built.train, consumed_samples=0, **of_rank)
-    valid = build_loader(built.valid, consumed_samples=0, **of_rank)
     read = []
     for step in range(20):
         pending = [dist.all_reduce(torch.ones(1 << 16), async_op=True) for _ in range(4)]
         if step % 10 == 0:  # workers are forked here, with the collectives in flight
-            valid.rewind(0)
+            valid = build_loader(built.valid, consumed_samples=0, **of_rank)
             read += [next(valid)["tokens"].flatten().tolist() for _ in range(3)]
+            valid.close()
         batch = next(train)
         assert batch["document_ids"].shape == (2, SEQ)
         read.append(batch["tokens"].flatten().tolist())
         for work in pending:
             work.wait()
     train.close()
-    valid.close()
     dist.destroy_process_group()
     return read
 

@@ -40,6 +40,7 @@ ALLOWED = {
     "data.dataset_version": RECORD,
     "data.sources[].description": RECORD,
     "data.preprocessing.shuffle": REFUSED,
+    "data.persistent_workers": "of the configuration guide; has no effect, and a change of it is told",
     "checkpointing.save_scheduler": REFUSED,
     "distributed.backend": REFUSED + "; resolve derives it from the device",
     **{

@@ -1,6 +1,8 @@
 """What a run has cost: over restarts, crashes and limits, with a clock of the test's own."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from megads.config.schema import Budget
 from megads.config.validate import find_problems, notes
 from megads.errors import BudgetReached, RunStopped
 from megads.train.budget import FILE_NAME, SECONDS_BETWEEN_WRITES, BudgetWatch
+from megads.train.signals import StopRequest
 from megads.train.state import TrainState
 
 HOUR = 3600.0
@@ -49,7 +52,9 @@ class Job:
         self.clock.seconds += hours * HOUR
         self.watch.charge(self.state)
         return self.watch.check(
-            self.state, lambda share: share, lambda facts, text: self.told.append((facts["share"], text))
+            self.state,
+            self.watch.share(self.state),
+            lambda facts, text: self.told.append((facts["share"], text)),
         )
 
 
@@ -90,7 +95,20 @@ def test_the_nearest_of_two_limits_counts(tmp_path: Path) -> None:
 
 def test_ranks_stop_together_by_the_largest_share(tmp_path: Path) -> None:
     job = Job(tmp_path, max_hours=10)
-    assert job.watch.check(job.state, lambda share: 1.0, lambda facts, text: None) is not None
+    assert job.watch.check(job.state, 1.0, lambda facts, text: None) is not None
+
+
+def test_signals_and_budget_are_agreed_on_in_one_reduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    reductions: list[int] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **how: reductions.append(tensor.numel()))
+    stop = StopRequest()
+    try:
+        assert stop.agreed(0.25) == (None, 0.25)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed(0.5) == ("SIGUSR1", 0.5)
+    finally:
+        stop.close()
+    assert reductions == [2, 2]
 
 
 def test_a_restart_goes_on_with_the_checkpoints_account(tmp_path: Path) -> None:
