@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megads.command_line import run_tool
-from megads.data.chat_template import DEFAULT, ChatFormat, load_chat_format
+from megads.data.chat_format import DEFAULT, FORMS, ChatFormat, load_chat_format
 from megads.data.inputs import (
     InputShard,
     find_shards,
@@ -42,7 +42,6 @@ from megads.data.inputs import (
     shard_stem,
     shards_of_manifest,
 )
-from megads.data.instructions import FORMS
 from megads.data.preprocess import Progress, Summary, preprocess, total_of
 from megads.data.recipe import Recipe
 from megads.data.selection import describe

@@ -8,14 +8,10 @@ from typing import Any
 
 import orjson
 
-from megads.data.chat_template import RESERVED, ChatFormat, ChatTemplate, ConversationError
+from megads.data.chat_format import ChatFormat
+from megads.data.chat_template import RESERVED, ChatTemplate, ConversationError
 from megads.data.documents import JSON_NAMES, Defect, LineBatch, Record, decode_object, pick_field
 
-FORMS = {
-    "messages": "`messages`: a list of {role, content}, roles system, user, assistant, tool; perhaps `tools`",
-    "prompt": "`prompt` and `response`, perhaps `system`",
-    "alpaca": "`instruction` and `output`, perhaps `input` (Alpaca)",
-}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -62,7 +58,7 @@ class ConversationParser:
 
 
 def messages_of(content: dict[str, Any], form: str) -> list[dict[str, Any]]:
-    """The messages of a record in one of FORMS, checked. Raises ConversationError."""
+    """The messages of a record in one of `chat_format.FORMS`, checked. Raises ConversationError."""
     messages = content.get("messages") if form == "messages" else _two_messages(content, form)
     if not isinstance(messages, list) or not messages:
         raise ConversationError("no_messages", f"field 'messages' {_found(messages)}; a list is expected.")

@@ -9,8 +9,11 @@ same token at the same place, the left one up to it and the right one from it on
 only: they are the encoding of the whole.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,8 +23,8 @@ from numpy.typing import NDArray
 
 WINDOW_CHARACTERS = 1 << 18
 OVERLAP_BYTES = 1 << 14
-# What long words are made of: a pattern, what must not follow, and an example. In each of them all
-# characters have one size. In DeepSeek's pattern `/word` ends where ASCII does, `word` goes on.
+# What long words are made of: a pattern, what must not follow, and an example. In DeepSeek's pattern `/word`
+# ends where ASCII does, `word` goes on.
 KINDS = (
     ("[A-Za-z]", r"[^\x00-\x7f]", "aBxyZQ"),
     (r"[!-/:-@\[-`{-~]", "(?!)", "=-*'/"),
@@ -29,6 +32,14 @@ KINDS = (
     (" ", "(?!)", "  "),
     (r"\n", "(?!)", "\n\n"),
 )
+# And, by general category, of any script. Chinese characters and kana are words of their own to DeepSeek.
+CATEGORIES = ("LM", "L", "PS")
+SEPARATE_SCRIPTS = range(0x3040, 0xA000)
+HIGHEST = 0x20000
+# The only letters that normal form C joins with one another.
+JAMO = (range(0x1100, 0x1200), range(0xA960, 0xA980), range(0xD7B0, 0xD800))
+# A run of a category is looked for where so many characters are of it: to say which are takes 0.3 s.
+SAMPLE_CHARACTERS = 512
 BEFORE = ("", "a", "Z's", " ", "9", ".", ")\n", "\u00e9", "\u4e2d", "\r\n-", "_")
 AFTER = ("", "a", "I'm", " b", "7", ".\n", "(x", "\u00e9", "\u6587", "\r\n", "\n c", "\u0301")
 
@@ -39,21 +50,13 @@ class LongWords:
     """Finds and encodes long words for a byte-level BPE, given as its `tokenizer.json`.
 
     Only kinds of words are cut of which the pre-tokenizer shows that it makes one word of them, however
-    long, whatever is around it; others are encoded whole.
+    long, whatever is around it; others are encoded whole. `unknown` flags the code points [0x110000] that
+    libraries disagree on; `composed` tells of a normal form.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        plain = {"added_tokens": [], "normalizer": None, "pre_tokenizer": spec["pre_tokenizer"]}
-        model = {"type": "BPE", "vocab": {}, "merges": []}
-        words = tokenizers.Tokenizer.from_str(orjson.dumps(plain | {"model": model}).decode()).pre_tokenizer
-        added = [token["content"] for token in spec["added_tokens"]]
-        kinds = [
-            f"{kind}{{{WINDOW_CHARACTERS},}}+(?!{excluded})"
-            for kind, excluded, example in KINDS
-            if _is_one_word(words, 8 * example, [text for text in AFTER if not re.match(excluded, text)])
-            and not any(re.fullmatch(f"{kind}+", text) for text in added)
-        ]
-        self._run = re.compile("|".join(kinds) or "(?!)")
+    def __init__(self, spec: dict[str, Any], unknown: NDArray[np.bool_], *, composed: bool) -> None:
+        self._spec = {key: spec[key] for key in ("pre_tokenizer", "added_tokens")}
+        self._unknown, self._composed = unknown, composed
         vocabulary: dict[str, int] = spec["model"]["vocab"]
         ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
         # A character of a byte-level vocabulary is a byte. Added tokens are in no word that is cut, so theirs
@@ -66,27 +69,72 @@ class LongWords:
         pieces: list[NDArray[Any]] = []
         ids: NDArray[Any] | None = None  # of the end of the last window, where the next one begins
         start = 0
-        for end, character_bytes in self._window_ends(text):
+        for end in self._window_ends(text):
             if (ids := self._continued(pieces, ids, encode(text[start:end]))) is None:
                 return encode(text)
-            tokens, overlap_bytes = self._end_of(ids, character_bytes)
+            tokens, characters = self._end_of(ids, text[max(start, end - OVERLAP_BYTES) : end])
             pieces.append(ids[: ids.size - tokens])
-            ids, start = ids[ids.size - tokens :], end - overlap_bytes // character_bytes
+            ids, start = ids[ids.size - tokens :], end - characters
         if (ids := self._continued(pieces, ids, encode(text[start:]))) is None:
             return encode(text)
         return np.concatenate([*pieces, ids]) if pieces else ids
 
-    def _window_ends(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where in long words windows may end, a whole window behind where it began or another ended, and
-        the size of the characters there in bytes.
-        """
+    def _window_ends(self, text: str) -> Iterator[int]:
+        """Where in long words windows may end, a whole window behind where it began or another ended."""
         run_end = 0
         # Only at the start of each window: text that has no long words shall not be searched for them.
         for start in range(0, len(text) - WINDOW_CHARACTERS, WINDOW_CHARACTERS):
-            if start >= run_end and (run := self._run.match(text, start)):
+            if start >= run_end and (run := self._run_at(text, start)):
                 run_end = run.end()
             if start + WINDOW_CHARACTERS <= run_end:
-                yield start + WINDOW_CHARACTERS, len(text[start].encode())
+                yield start + WINDOW_CHARACTERS
+
+    def _run_at(self, text: str, start: int) -> re.Match[str] | None:
+        if (run := self._run.match(text, start)) is not None:
+            return run
+        sample = {unicodedata.category(c)[0] for c in text[start : start + SAMPLE_CHARACTERS]}
+        if any(sample <= set(categories) for categories in CATEGORIES):
+            return self._run_of_category.match(text, start)
+        return None
+
+    @cached_property
+    def _run(self) -> re.Pattern[str]:
+        kinds = ((kind, excluded, 8 * example) for kind, excluded, example in KINDS)
+        return self._runs(kinds, BEFORE, AFTER)
+
+    @cached_property
+    def _run_of_category(self) -> re.Pattern[str]:
+        alphabets = {"".join(self._of_category(categories)) for categories in CATEGORIES}
+        kinds = ((_character_class(alphabet), "(?!)", alphabet) for alphabet in sorted(alphabets, key=len))
+        return self._runs(kinds, ("", "\n"), ("", "\n"))
+
+    def _of_category(self, categories: str) -> Iterator[str]:
+        """Characters beyond ASCII; where there is a normal form, those that it leaves alone, and no marks."""
+        for code in range(0x80, HIGHEST):
+            character = chr(code)
+            if (
+                unicodedata.category(character)[0] in categories
+                and code not in SEPARATE_SCRIPTS
+                and not self._unknown[code]
+                and not (self._composed and not _stands_alone(character))
+            ):
+                yield character
+
+    def _runs(
+        self, kinds: Iterable[tuple[str, str, str]], before: Iterable[str], after: Iterable[str]
+    ) -> re.Pattern[str]:
+        """A pattern of long runs of those kinds that are one word, and hold no added token."""
+        plain = {"added_tokens": [], "normalizer": None, "pre_tokenizer": self._spec["pre_tokenizer"]}
+        model = {"type": "BPE", "vocab": {}, "merges": []}
+        words = tokenizers.Tokenizer.from_str(orjson.dumps(plain | {"model": model}).decode()).pre_tokenizer
+        added = [token["content"] for token in self._spec["added_tokens"]]
+        patterns = [
+            f"{kind}{{{WINDOW_CHARACTERS},}}+(?!{excluded})"
+            for kind, excluded, example in kinds
+            if _is_one_word(words, example, before, [text for text in after if not re.match(excluded, text)])
+            and not any(re.search(f"^{kind}+$", text) for text in added)
+        ]
+        return re.compile("|".join(patterns) or "(?!)")
 
     def _continued(
         self, pieces: list[NDArray[Any]], overlap: NDArray[Any] | None, ids: NDArray[Any]
@@ -101,14 +149,19 @@ class LongWords:
         pieces.append(overlap[: meeting[0]])
         return ids[meeting[1] :]
 
-    def _end_of(self, ids: NDArray[Any], character_bytes: int) -> tuple[int, int]:
-        """How many tokens and bytes at the end make up the overlap, which begins with a character.
+    def _end_of(self, ids: NDArray[Any], text: str) -> tuple[int, int]:
+        """How many tokens and characters at the end make up the overlap, which begins with a character.
 
         It begins with a token too: what repeats in steps would otherwise be out of step for ever.
         """
+        data = np.frombuffer(text.encode(), np.uint8)[-OVERLAP_BYTES:]
+        is_start = (data & 0xC0) != 0x80
         sizes = np.cumsum(self._token_bytes.take(ids[: -OVERLAP_BYTES - 1 : -1], mode="clip"))
-        fitting = np.flatnonzero((sizes <= OVERLAP_BYTES) & (sizes % character_bytes == 0))
-        return (int(fitting[-1]) + 1, int(sizes[fitting[-1]])) if fitting.size else (0, 0)
+        sizes = sizes[sizes <= data.size]
+        fitting = np.flatnonzero(is_start[data.size - sizes])
+        if not fitting.size:
+            return 0, 0
+        return int(fitting[-1]) + 1, int(is_start[data.size - sizes[fitting[-1]] :].sum())
 
     def _meeting(self, left: NDArray[Any], right: NDArray[Any]) -> tuple[int, int] | None:
         """Numbers of a token that both hold at the same place; None if there is none."""
@@ -120,15 +173,32 @@ class LongWords:
         return (int(in_left[same[0]]), int(in_right[same[0]])) if same.size else None
 
 
-def _is_one_word(words: tokenizers.pre_tokenizers.PreTokenizer, run: str, followers: list[str]) -> bool:
+def _is_one_word(
+    words: tokenizers.pre_tokenizers.PreTokenizer, run: str, before: Iterable[str], after: Iterable[str]
+) -> bool:
     """Whether a run of characters is cut nowhere, and what is around it as it would be around each half."""
 
     def pieces(text: str) -> list[str]:
         return [piece for piece, _ in words.pre_tokenize_str(text)]
 
-    for before in BEFORE:
-        for after in followers:
-            left, right = pieces(before + run), pieces(run + after)
-            if pieces(before + run + run + after) != [*left[:-1], left[-1] + right[0], *right[1:]]:
-                return False
+    for left_of, right_of in itertools.product(before, after):
+        left, right = pieces(left_of + run), pieces(run + right_of)
+        if pieces(left_of + run + run + right_of) != [*left[:-1], left[-1] + right[0], *right[1:]]:
+            return False
     return True
+
+
+def _character_class(characters: Iterable[str]) -> str:
+    """A regular expression for one of the characters, which are in order."""
+    runs = itertools.groupby(enumerate(map(ord, characters)), lambda entry: entry[1] - entry[0])
+    ranges = ([code for _, code in run] for _, run in runs)
+    return "[" + "".join(f"{chr(codes[0])}-{chr(codes[-1])}" for codes in ranges) + "]"
+
+
+def _stands_alone(character: str) -> bool:
+    """Whether normal form C leaves a character as it is, whatever stands before or after it."""
+    return (
+        unicodedata.category(character)[0] != "M"
+        and not any(ord(character) in jamo for jamo in JAMO)
+        and unicodedata.is_normalized("NFC", character)
+    )

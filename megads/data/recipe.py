@@ -10,7 +10,7 @@ from megads.data.documents import MAX_LINE_BYTES
 from megads.errors import ConfigError
 
 if TYPE_CHECKING:
-    from megads.data.chat_template import ChatFormat
+    from megads.data.chat_format import ChatFormat
 
 RECIPE_VERSION = 1
 """Grows when the same settings give other tokens than before, so that no dataset mixes the two."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megads.data.chat_template import ChatFormat
+from megads.data.chat_format import ChatFormat
 from megads.data.documents import open_input, read_line_batches
 from megads.data.indexed import HEADER, LOSS_MASK, TOKEN_TYPES, data_files, sidecar_file
 from megads.data.input_file import is_url

@@ -25,7 +25,7 @@ import psutil
 import tokenizers
 from numpy.typing import NDArray
 
-from megads.data.long_words import LongWords
+from megads.data.long_words import Encode, LongWords
 from megads.data.unicode_gaps import contains_any, unknown_characters
 
 # The process may grow by this much before the engine is made anew. 200 MB of prose, code and tables make it
@@ -34,7 +34,7 @@ CACHE_BYTES = 112 << 20
 # Making the engine anew costs 0.3 to 0.6 s: not more often than this, whatever else the process allocates.
 RENEWAL_TEXT_CHARACTERS = 8 << 20
 # Longer texts are handed over in parts, between which the growth is looked at.
-PART_CHARACTERS = 4 << 20
+PART_CHARACTERS = 1 << 20
 # A line break between ASCII characters that are no space: runs of spaces are split by what follows them.
 LINE_START = re.compile(r"(?<=[!-~])\n(?=[A-Za-z])")
 # What stands before and after such a place, to see that every word ends there.
@@ -110,15 +110,19 @@ class GigatokenEngine:
         The ids of those texts may be wrong.
         """
         # Text by text: the call for a batch keeps a second memory of words, and imports awkward for 0.3 s.
-        if (characters := sum(map(len, texts))) <= PART_CHARACTERS:
+        if max(map(len, texts), default=0) <= PART_CHARACTERS:
             pieces = list(map(self._model.encode, texts))
-            self._bound_memory(characters)
+            self._bound_memory(sum(map(len, texts)))
         else:
             pieces = [self._encode_long(text) for text in texts]
         offsets = np.zeros(len(pieces) + 1, np.int64)
         np.cumsum([piece.size for piece in pieces], out=offsets[1:])
         ids = _joined(pieces).astype(self.dtype, copy=False)
         return ids, np.diff(offsets).astype(np.int32), self._doubtful(texts, ids, offsets)
+
+    def by_reference(self, text: str, reference: Encode) -> NDArray[Any]:
+        """What the reference makes of a text, with no more memory for it than is needed."""
+        return reference(text)
 
     def _encode_long(self, text: str) -> NDArray[np.int32]:
         pieces = []
@@ -167,10 +171,13 @@ class ByteLevelEngine(GigatokenEngine):
         self._unknown = unknown_characters(composed=has_normalizer)
         self._suspicious = None if has_normalizer else _suspicious_tokens(spec, self._unknown)
         self._cut_at_lines = _lines_stand_alone(spec)
-        self._long_words = LongWords(spec)
+        self._long_words = LongWords(spec, self._unknown, composed=has_normalizer)
 
     def _encode_part(self, part: str) -> NDArray[np.uint32]:
         return self._long_words.encode(part, super()._encode_part)
+
+    def by_reference(self, text: str, reference: Encode) -> NDArray[Any]:
+        return self._long_words.encode(text, reference)
 
     def _doubtful(self, texts: Sequence[str], ids: NDArray[Any], offsets: NDArray[np.int64]) -> list[int]:
         """Texts with characters unknown to the reference.
@@ -180,9 +187,8 @@ class ByteLevelEngine(GigatokenEngine):
         """
         candidates = [i for i, text in enumerate(texts) if not text.isascii()]
         if self._suspicious is not None and candidates:
-            hits = np.flatnonzero(self._suspicious.take(ids))
-            hit_texts = set((np.searchsorted(offsets, hits, side="right") - 1).tolist())
-            candidates = [i for i in candidates if i in hit_texts]
+            hits = self._suspicious.take(ids)
+            candidates = [i for i in candidates if hits[offsets[i] : offsets[i + 1]].any()]
         return [i for i in candidates if contains_any(texts[i], self._unknown)]
 
 

@@ -47,6 +47,7 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
             ) from error
         if not self._vocabulary:
             raise DataError(f"{path}: the vocabulary is empty.")
+        self._source = spec if fast else None  # to parse it again would take 0.1 s
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.eod_id = self._find_eod(eod_token or _configured_eod(path))
         names = {text for text in control if text in self._vocabulary}
@@ -73,8 +74,7 @@ class HuggingFaceTokenizer(TwoEngineTokenizer):
         token_id = self._vocabulary.get(token)
         return token_id if token_id in self._control_ids else None
 
-    def _make_fast(self, content: bytes) -> GigatokenEngine | None:
-        spec, _ = _text_only(content)
+    def _make_fast(self, spec: dict[str, Any]) -> GigatokenEngine | None:
         control = {text for text, token_id in self._vocabulary.items() if token_id in self._control_ids}
         spec["added_tokens"] = [t for t in spec.get("added_tokens") or () if t["content"] not in control]
         if (reason := why_not_gigatoken(spec, sorted(control))) is not None:

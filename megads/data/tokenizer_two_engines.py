@@ -51,7 +51,7 @@ class TwoEngineTokenizer(Tokenizer):
     def __init__(self, path: Path, content: bytes, reference: str, *, fast: bool) -> None:
         super().__init__(path, content)
         self.reference = reference
-        self._content = content if fast else None
+        self._source: Any = content if fast else None  # what the fast engine is made from, until it is made
         self._use_fast = fast
 
     @property
@@ -63,13 +63,13 @@ class TwoEngineTokenizer(Tokenizer):
         """Token ids of each text by the reference."""
 
     @abstractmethod
-    def _make_fast(self, content: bytes) -> GigatokenEngine | None:
-        """The fast engine for the tokenizer's file, by `_checked`; None where it will not do."""
+    def _make_fast(self, source: Any) -> GigatokenEngine | None:
+        """The fast engine from `_source`, by `_checked`; None where it will not do."""
 
     @cached_property
     def _fast(self) -> GigatokenEngine | None:
-        content, self._content = self._content, None
-        return None if content is None else self._make_fast(content)
+        source, self._source = self._source, None
+        return None if source is None else self._make_fast(source)
 
     def _checked(
         self, make: Callable[[], GigatokenEngine], probes: Sequence[str] = ()
@@ -131,9 +131,11 @@ class TwoEngineTokenizer(Tokenizer):
         ids, lengths, doubtful = engine.encode(texts)
         if doubtful:
             pieces = np.split(ids, np.cumsum(lengths, dtype=np.int64)[:-1])
-            exact = self._encode_reference([texts[i] for i in doubtful])
-            for i, exact_ids in zip(doubtful, exact, strict=True):
-                pieces[i] = np.asarray(exact_ids, dtype=ids.dtype)
-                lengths[i] = len(exact_ids)
+            for i in doubtful:
+                pieces[i] = engine.by_reference(texts[i], self._reference_ids).astype(ids.dtype, copy=False)
+                lengths[i] = pieces[i].size
             ids = np.concatenate(pieces)
         return ids, lengths
+
+    def _reference_ids(self, text: str) -> NDArray[np.int64]:
+        return np.asarray(self._encode_reference([text])[0], np.int64)

@@ -38,14 +38,15 @@ def unknown_characters(*, composed: bool) -> NDArray[np.bool_]:
     unknown = np.zeros(0x110000, np.bool_)
     for codes in UNASSIGNED:
         unknown[codes.start : codes.stop] = True
+    settled = np.zeros_like(unknown)
+    for codes in SETTLED:
+        settled[codes.start : codes.stop] = True
     category = unicodedata.category
     for codes in ASSIGNED:
-        flags = (category(character) == "Cn" for character in map(chr, codes))
-        unknown[codes.start : codes.stop] = np.fromiter(flags, np.bool_, len(codes))
-    candidates = unknown.copy()
-    for codes in SETTLED:
-        candidates[codes.start : codes.stop] = True
-    asked = "".join(map(chr, np.flatnonzero(~candidates[: ASSIGNED[0].stop]).tolist()))
+        open_codes = codes.start + np.flatnonzero(~settled[codes.start : codes.stop])
+        flags = (category(character) == "Cn" for character in map(chr, open_codes.tolist()))
+        unknown[open_codes] = np.fromiter(flags, np.bool_, open_codes.size)
+    asked = "".join(map(chr, np.flatnonzero(~(unknown | settled)[: ASSIGNED[0].stop]).tolist()))
     unassigned = pre_tokenizers.Split(tokenizers.Regex(r"\P{Cn}+"), "removed")
     for piece, _ in unassigned.pre_tokenize_str(asked):
         unknown[list(map(ord, piece))] = True

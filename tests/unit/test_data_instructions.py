@@ -16,7 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megads.config.resolve import resolve
 from megads.config.schema import Config
 from megads.data.blend import Datasets, SampleCounts, build_datasets
-from megads.data.chat_template import ChatTemplate, ConversationError, Piece, load_chat_format
+from megads.data.chat_format import load_chat_format
+from megads.data.chat_template import ChatTemplate, ConversationError, Piece
 from megads.data.conversations import ConversationStream
 from megads.data.encoding import Encoder
 from megads.data.indexed import LOSS_MASK, sidecar_file

@@ -305,8 +305,11 @@ def test_long_words_in_windows_give_the_same_ids(
     def run(alphabet: Sequence[str]) -> str:
         return "".join(rng.choices(alphabet, k=rng.randrange(1000, 5000)))
 
-    alphabets = ("abcdefgh", ["the", "ing", "self", "Z"], "a", "=-*", "=", " ", "\n", "中文的是", "中")
-    around = ("", " ", "/", "é", "1", "self.", "\n", "，", "\u0301", "_x")
+    alphabets = (
+        *("abcdefgh", ["the", "ing", "self", "Z"], "a", "=-*", "=", " ", "\n", "中文的是", "中"),
+        *("абвгд", "ж", ["при", "на", "é"], "กขฃ", "가나다", "═║╒", "═", "😀😁", "𝐀𝐁", "aбcд"),
+    )
+    around = ("", " ", "/", "é", "1", "self.", "\n", "，", "\u0301", "_x", "/а", "́\u1100", "\u11a8", "가")
     batch = ["".join(rng.choice(around) + run(rng.choice(alphabets)) for _ in range(3)) for _ in range(150)]
     for path in (deepseek, neox):
         engine = engine_of(path)
@@ -322,11 +325,38 @@ def test_long_words_in_windows_give_the_same_ids(
             assert engine._long_words.encode(text, encode).tolist() == whole.tolist()
         assert sum(map(len, windows)) < 2 * sum(map(len, batch)), "hardly any was encoded whole after all"
         assert len(windows) > 5 * len(batch)
+        for alphabet in ("абвгд", "กขฃ", "가나다", "═║╒", "😀😁", "𝐀𝐁"):
+            windows.clear()
+            engine._long_words.encode(run(alphabet), encode)
+            assert max(map(len, windows)) < 2 * 512, alphabet
+
+
+def test_the_reference_is_given_long_words_in_windows_too(
+    deepseek: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_words, "WINDOW_CHARACTERS", 512)
+    monkeypatch.setattr(long_words, "OVERLAP_BYTES", 128)
+    unknown_to_reference = "\U00032e4e x "
+    text = unknown_to_reference + "".join(random.Random(1).choices("абвг", k=5000))
+    tokenizer = load(deepseek)
+    whole = tokenizer._encode_reference([text])[0]
+    longest = 0
+
+    def encode_reference(texts: Sequence[str], encode: Any = tokenizer._encode_reference) -> list[list[int]]:
+        nonlocal longest
+        longest = max(longest, *map(len, texts))
+        return encode(texts)
+
+    monkeypatch.setattr(tokenizer, "_encode_reference", encode_reference)
+    ids, _ = tokenizer.encode_batch_arrays([text])
+    assert ids.tolist() == whole
+    assert 0 < longest <= 2 * 512
 
 
 def test_words_that_depend_on_what_is_around_are_not_cut(neox: Path) -> None:
     def kinds(edit: Callable[[dict[str, Any]], object]) -> str:
-        return LongWords(edited(neox, edit))._run.pattern
+        nothing_unknown = np.zeros(0x110000, np.bool_)
+        return LongWords(edited(neox, edit), nothing_unknown, composed=True)._run.pattern
 
     def by_case(spec: dict[str, Any]) -> None:
         pattern = {
