@@ -1,9 +1,11 @@
 """How every tool ends: with an exit code, and for a user's mistake one line instead of a traceback."""
 
+import argparse
 import errno
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from megads.errors import EnvironmentSetupError, MegadsError
 
@@ -14,6 +16,17 @@ REFUSALS = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE,
     errno.EMFILE,
 }  # fmt: skip
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that names what a tool writes: argparse refuses a URL, which would become a
+    directory called `s3:` here.
+    """
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URL; give a path on this machine, and copy it there after"
+        )
+    return Path(text)
 
 
 def run_tool(run: Callable[[], int | None], *, interrupted: str = "", cleans_up: bool = False) -> int:

@@ -15,9 +15,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-from megads.command_line import run_tool
+from megads.command_line import local_path, run_tool
 from megads.data.cleaning.decontaminate import EvaluationIndex
 from megads.data.cleaning.near import NearSettings, candidate_probability
 from megads.data.cleaning.quality import RULE_SETS
@@ -36,10 +36,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--input", nargs="+", help="files, directories, globs and URLs of JSON lines")
     inputs.add_argument("--input-root", help="directory with a subdirectory per source")
-    inputs.add_argument("--manifest", type=Path, help="text file that lists PATH or SOURCE<tab>PATH a line")
-    parser.add_argument("--removals", type=Path, required=True, help="directory of the result")
+    inputs.add_argument("--manifest", help="text file that lists PATH or SOURCE<tab>PATH a line")
+    parser.add_argument("--removals", type=local_path, required=True, help="directory of the result")
     parser.add_argument(
-        "--work", type=Path, help="directory for what is kept between runs (default: REMOVALS/.work)"
+        "--work", type=local_path, help="directory for what is kept between runs (default: REMOVALS/.work)"
     )
     parser.add_argument("--text-field", default="text", help="field of the text (default: %(default)s)")
     parser.add_argument(
@@ -56,6 +56,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error("--workers must be at least 1")
+    if options.paragraphs < 0:
+        parser.error("--paragraphs must be at least 1, or 0 for none")
     if options.partitions is not None and (options.partitions < 1 or options.partitions.bit_count() != 1):
         parser.error("--partitions must be a power of two")
     if min(options.bands, options.rows, options.shingle_words, options.ngram_words) < 1:

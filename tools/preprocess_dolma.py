@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from megads.command_line import run_tool
+from megads.command_line import local_path, run_tool
 from megads.data.chat_format import DEFAULT, FORMS, ChatFormat, load_chat_format
 from megads.data.inputs import (
     InputShard,
@@ -64,9 +64,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("input and output").add_argument
     add("--input", nargs="+", metavar="PATH", help="files, directories and globs of JSON lines")
     add("--input-root", metavar="DIRECTORY", help="directory with a subdirectory per source")
-    add("--manifest", type=Path, metavar="FILE", help="list of files")
-    add("--output", type=Path, metavar="PREFIX", help="prefix, or directory, of one source")
-    add("--output-root", type=Path, metavar="DIRECTORY", help="directory of the sources")
+    add("--manifest", metavar="FILE", help="list of files")
+    add("--output", type=local_path, metavar="PREFIX", help="prefix, or directory, of one source")
+    add("--output-root", type=local_path, metavar="DIRECTORY", help="directory of the sources")
     add("--sources", type=Path, metavar="TABLE", help="names of directories to names of sources, as in "
         "configs/data/dolma_sources.json")  # fmt: skip
     add("--overwrite", action="store_true", help="replace datasets of other settings or another input")

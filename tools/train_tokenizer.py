@@ -7,9 +7,8 @@ is normalized, digits stand alone. The same files and settings give the same mod
 import argparse
 import sys
 import time
-from pathlib import Path
 
-from megads.command_line import run_tool
+from megads.command_line import local_path, run_tool
 from megads.data.inputs import find_shards
 from megads.data.tokenizer import load_tokenizer
 from megads.data.tokenizer_training import sample_texts, train_sentencepiece
@@ -24,7 +23,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--input", nargs="+", required=True, metavar="PATH",
         help="files, directories, globs and URLs of JSON lines",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, help="the model, usually ending in .model")
+    parser.add_argument(
+        "--output", type=local_path, required=True, help="the model, usually ending in .model"
+    )
     parser.add_argument(
         "--vocab-size", type=int, default=4096, help="pieces, special ones included (default: %(default)s)"
     )

@@ -11,7 +11,7 @@ from megads.data.documents import DamagedInputError, open_input
 from megads.data.indexed import LOSS_MASK, SCORES, data_files, sidecar_file, unfinished_files
 from megads.data.inputs import InputShard
 from megads.data.manifest import is_empty, read_record
-from megads.data.recipe import Recipe, settings_sha256
+from megads.data.recipe import Recipe, differing_settings, settings_sha256
 from megads.data.shards import Shard, removals_sha256
 from megads.errors import DataError
 
@@ -36,9 +36,8 @@ def find_finished(
         return None
     if (record.get("settings_sha256")) != settings_sha256(settings):
         if not overwrite:
-            raise DataError(
-                f"{shard.prefix}: made with other settings ({_differ(record, settings)}). {OTHERWISE}"
-            )
+            differ = differing_settings(record.get("settings") or {}, settings)
+            raise DataError(f"{shard.prefix}: made with other settings ({differ}). {OTHERWISE}")
         return None
     if not _same_input(record["input"], shard.input):
         if not overwrite and record["input"]["path"] != shard.input.location:
@@ -54,14 +53,6 @@ def _refuse_unknown(shard: Shard, overwrite: bool) -> None:
     there = [file.name for file in data_files(shard.prefix)[:2] if file.exists()]
     if there and not overwrite and not unfinished_files(shard.prefix):
         raise DataError(f"{shard.prefix}: {' and '.join(there)} exist already, without a record. {OTHERWISE}")
-
-
-def _differ(record: dict[str, Any], settings: dict[str, Any]) -> str:
-    recorded = record.get("settings")
-    if not isinstance(recorded, dict):
-        return "it has no list of them"
-    names = sorted(name for name in {*recorded, *settings} if recorded.get(name) != settings.get(name))
-    return ", ".join(f"{name}: {recorded.get(name)!r}, now {settings.get(name)!r}" for name in names)
 
 
 def _same_input(recorded: dict[str, Any], shard: InputShard) -> bool:

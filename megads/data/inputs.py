@@ -7,6 +7,7 @@ called in the output, and where cleaning keeps its removals, follows from source
 import glob
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from megads.data.input_file import ENDINGS, is_url
+from megads.data.input_file import ENDINGS, InputFile, is_url
 from megads.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -97,20 +98,26 @@ def find_sources(root: str) -> list[InputShard]:
 def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
     """The input files that a text file lists: `PATH`, or `SOURCE<tab>PATH`, a line.
 
-    Paths may be URLs; relative ones start at the manifest's directory. Without SOURCE it is the name
-    of the directory that the file lies in; with it that name becomes part of the shard's. Lines that
+    It and the paths may be URLs; relative paths start at the manifest's directory. Without SOURCE it is the
+    name of the directory that the file lies in; with it that name becomes part of the shard's. Lines that
     are blank or begin with # say nothing. Raises DataError with the line for a file that is not there,
     and for one that is listed twice.
     """
-    path = Path(path)
+    path = os.fspath(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with InputFile(path) as file:
+            lines = file.read().decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
+    directory = path.rpartition("/")[0]
     entries = []
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             source, _, location = line.strip().rpartition("\t")
+            if "/" in source or source in (".", ".."):
+                raise DataError(
+                    f"{path}, line {number}: {source!r} is no name of a source, which is a directory's."
+                )
             entries.append((number, source, location))
     if not entries:
         raise DataError(f"{path}: lists no files.")
@@ -118,7 +125,9 @@ def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
     def find(entry: tuple[int, str, str]) -> InputShard:
         number, source, location = entry
         try:
-            shard = _file(location if is_url(location) else str(path.parent / location))
+            shard = _file(
+                location if is_url(location) or location.startswith("/") else _join(directory, location)
+            )
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         if not source:
@@ -127,6 +136,10 @@ def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
 
     with ThreadPoolExecutor(STAT_THREADS) as threads:  # a store answers each question in its own time
         return _each_once(list(threads.map(find, entries)))
+
+
+def _join(directory: str, name: str) -> str:
+    return f"{directory}/{name}" if is_url(directory) else os.path.join(directory, name)
 
 
 def load_source_table(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -181,7 +194,7 @@ def _expand(path: str) -> list[InputShard]:
 
 
 def _data_files[File](directory: str, files: Iterable[File], name_of: Callable[[File], str]) -> list[File]:
-    """Those of a directory's files that are data by their names. The others are told of; DataError for none."""
+    """The files of a directory that are data by their names; the others are told of. DataError for none."""
     data: list[File] = []
     others: list[File] = []
     for file in files:
@@ -226,6 +239,8 @@ def _file(path: str) -> InputShard:
         raise DataError(f"{path}: no such file or directory.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise DataError(f"{path}: a directory, where a file is expected.")
     directory, name = Path(path).absolute().parts[-2:]
     return InputShard(path, directory, directory, name, status.st_size, f"mtime {status.st_mtime_ns}")
 

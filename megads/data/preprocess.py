@@ -160,8 +160,8 @@ class _Run:
                 )
         for paths in filter(lambda paths: len(paths) > 1, self._made_of.values()):
             logger.warning(
-                "These %d files have the same content, each document comes as often: %s. Leave out all but one, "
-                "or clean with tools/clean_dolma.py.",
+                "These %d files have the same content, each document comes as often: %s. Leave out all but "
+                "one, or clean with tools/clean_dolma.py.",
                 len(paths),
                 ", ".join(sorted(paths)[:5]) + (", ..." if len(paths) > 5 else ""),
             )

@@ -98,3 +98,9 @@ class Recipe:
 def settings_sha256(settings: dict[str, Any]) -> str:
     """Two datasets with the same hash were made alike."""
     return hashlib.sha256(orjson.dumps(settings, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def differing_settings(recorded: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What differs between the settings of two datasets, for people."""
+    names = sorted(name for name in {*recorded, *settings} if recorded.get(name) != settings.get(name))
+    return ", ".join(f"{name}: {recorded.get(name)!r}, now {settings.get(name)!r}" for name in names)

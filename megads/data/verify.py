@@ -20,7 +20,7 @@ from megads.data.encoding import Encoder
 from megads.data.fim import TOKEN_NAMES, FillInTheMiddle
 from megads.data.indexed import LOSS_MASK, SCORES, data_files, sidecar_file, unfinished_files
 from megads.data.manifest import check_dataset
-from megads.data.recipe import settings_sha256
+from megads.data.recipe import differing_settings, settings_sha256
 from megads.data.selection import Document, describe
 from megads.data.stored import SourceText, StoredDataset
 from megads.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
@@ -54,7 +54,7 @@ class Verification:
     tokens: int = 0
     text_bytes: int | None = None
     tokenizer_sha256: str | None = None
-    settings_sha256: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     length_quantiles: tuple[int, ...] = ()
     """Tokens of the shortest, the median and the longest document."""
     distinct_ids: int | None = None
@@ -83,14 +83,20 @@ def verify_dataset(settings: VerifySettings, prefix: str) -> Verification:
 
 def check_together(found: Sequence[Verification]) -> list[str]:
     """Problems between datasets that would be trained on together."""
+    problems = []
     tokenizers: dict[str, str] = {}
+    first_in: dict[Path, Verification] = {}
     for one in found:
         if one.tokenizer_sha256:
             tokenizers.setdefault(one.tokenizer_sha256, one.prefix)
-    if len(tokenizers) < 2:
-        return []
-    named = ", ".join(f"{prefix} ({sha256[:12]}…)" for sha256, prefix in tokenizers.items())
-    return [f"made with different tokenizers: {named}"]
+        if one.settings:
+            first = first_in.setdefault(Path(one.prefix).parent, one)
+            if differing := differing_settings(first.settings, one.settings):
+                problems.append(f"{first.prefix} and {one.prefix}: one source, other settings ({differing})")
+    if len(tokenizers) > 1:
+        named = ", ".join(f"{prefix} ({sha256[:12]}…)" for sha256, prefix in tokenizers.items())
+        problems.append(f"made with different tokenizers: {named}")
+    return problems
 
 
 def _check_structure(dataset: StoredDataset, found: Verification, settings: VerifySettings) -> None:
@@ -100,7 +106,7 @@ def _check_structure(dataset: StoredDataset, found: Verification, settings: Veri
     if record is not None:
         found.text_bytes = record.get("text_bytes")
         found.tokenizer_sha256 = record["tokenizer"]["sha256"]
-        found.settings_sha256 = record.get("settings_sha256")
+        found.settings = record.get("settings") or {}
     if dataset.is_empty:
         stray = [file.name for file in data_files(dataset.prefix)[:2] if file.exists()]
         if stray:

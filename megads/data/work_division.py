@@ -46,9 +46,15 @@ def array_task(
     if (num_tasks is None) != (task_id is None):
         raise ConfigError("--num-tasks and --task-id belong together.")
     if num_tasks is None and "SLURM_ARRAY_TASK_ID" in environment:
-        first, last, num_tasks, task_id = (
-            int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("MIN", "MAX", "COUNT", "ID")
-        )
+        try:
+            first, last, num_tasks, task_id = (
+                int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("MIN", "MAX", "COUNT", "ID")
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigError(
+                f"SLURM_ARRAY_TASK_ID is set, but other variables of a job array are not sound ({error}). "
+                "Give --num-tasks and --task-id."
+            ) from error
         if last - first + 1 != num_tasks:
             raise ConfigError(
                 f"The job array has {num_tasks} tasks between {first} and {last}: give --array without gaps."
@@ -56,6 +62,8 @@ def array_task(
         task_id -= first
     if num_tasks is None or task_id is None:
         return 1, 0
+    if num_tasks < 1:
+        raise ConfigError(f"--num-tasks is {num_tasks}; it must be at least 1.")
     if not 0 <= task_id < num_tasks:
         raise ConfigError(f"Task {task_id} of {num_tasks}: task ids go from 0 to {num_tasks - 1}.")
     return num_tasks, task_id

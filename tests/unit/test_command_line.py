@@ -3,11 +3,12 @@
 import signal
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
-from megads.command_line import INTERRUPTED, run_tool
+from megads.command_line import INTERRUPTED, local_path, run_tool
 from megads.errors import CheckpointError, EnvironmentSetupError
 
 # Says when it is at work, and what it cleans up when it is ended.
@@ -67,3 +68,9 @@ def test_signals(tmp_path: Path, number: int, cleans_up: bool, code: int, said: 
         process.send_signal(number)
         assert process.communicate(timeout=60) == (said, complained)
         assert process.returncode == code
+
+
+def test_what_is_written_is_no_url() -> None:
+    assert local_path("some/where") == Path("some/where")
+    with pytest.raises(ArgumentTypeError, match="s3://bucket/out is a URL; give a path"):
+        local_path("s3://bucket/out")

@@ -161,6 +161,13 @@ def test_a_manifest(corpus: Path) -> None:
     manifest.write_text("books/a.json\n./books/a.json\n")
     with pytest.raises(DataError, match="given twice"):
         shards_of_manifest(manifest)
+    for line, said in (
+        ("web", "web: a directory"),
+        ("../web\tbooks/a.json", "'../web' is no name of a source"),
+    ):
+        manifest.write_text(f"books/a.json\n{line}\n")
+        with pytest.raises(DataError, match=rf"list\.txt, line 2: .*{said}"):
+            shards_of_manifest(manifest)
     manifest.write_text("# nothing\n")
     with pytest.raises(DataError, match="lists no files"):
         shards_of_manifest(manifest)
@@ -177,6 +184,10 @@ def test_urls(corpus: Path) -> None:
     assert [(s.source, s.name, s.bytes) for s in shards] == [(s.source, s.name, s.bytes) for s in local]
     assert list(read_texts(s.path for s in shards)) == list(read_texts(s.path for s in local))
     assert [s.name for s in find_shards(["memory://bucket/web/*.jsonl"])] == ["1.jsonl"]
+    store.pipe("/bucket/list.txt", b"other\tweb/1.jsonl\n")
+    assert [(s.source, s.name) for s in shards_of_manifest("memory://bucket/list.txt")] == [
+        ("other", "web/1.jsonl")
+    ]
     with InputFile(shards[1].path) as file:
         file.sha256()
         assert file.bytes_read == shards[1].bytes

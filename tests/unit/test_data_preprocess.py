@@ -417,6 +417,8 @@ def test_tasks_of_a_job_array(tmp_path: Path) -> None:
     assert array_task(8, 7, slurm) == (8, 7)
     for num_tasks, task_id, environment, said in (
         (4, None, {}, "belong together"),
+        (0, 0, {}, "at least 1"),
+        (None, None, {"SLURM_ARRAY_TASK_ID": "3"}, "SLURM_ARRAY_TASK_MIN.*Give --num-tasks"),
         (4, 4, {}, "from 0 to 3"),
         (None, None, slurm | {"SLURM_ARRAY_TASK_MAX": "7"}, "without gaps"),
     ):

@@ -258,6 +258,19 @@ def test_datasets_of_two_tokenizers_do_not_go_together(tmp_path: Path) -> None:
     assert "bbbbbbbbbbbb" in problem
 
 
+def test_a_source_made_with_two_recipes_is_a_problem(tmp_path: Path, tokenizer: Path) -> None:
+    """What an interrupted --overwrite with other settings leaves."""
+    for name, rate in (("a", 0.0), ("b", 1.0)):
+        input_file = write_json_lines(tmp_path / f"{name}.jsonl", ["one text", "another one"] * 3)
+        shard = Shard(find_shards([str(input_file)])[0], tmp_path / "out" / name)
+        convert_shard(shard, Encoder(Recipe(str(tokenizer), fim_rate=rate)))
+    found = [verify_dataset(VerifySettings(), str(tmp_path / "out" / name)) for name in "ab"]
+    assert [one.problems for one in found] == [[], []]
+    assert check_together(found[:1]) == []
+    (problem,) = check_together(found)
+    assert problem.endswith("out/b: one source, other settings (fim_rate: 0.0, now 1.0)")
+
+
 def test_finding_datasets(tmp_path: Path) -> None:
     write_dataset(tmp_path / "x" / "b.1", [[3, 2]])
     write_dataset(tmp_path / "x" / "a", [[3, 2]])

@@ -36,8 +36,9 @@ class Overlap:
 class EvaluationIndex:
     """The runs of words of evaluation files, to look documents up in.
 
-    `files`: JSON lines, plain or compressed, paths or URLs. `fields`: only these top-level fields; all strings, nested
-    ones too, without it. Raises DataError for unreadable files and for those with nothing to look for.
+    `files`: JSON lines, plain or compressed, paths or URLs. `fields`: only these top-level fields; all
+    strings, nested ones too, without it. Raises DataError for unreadable files and for those with nothing to
+    look for.
     """
 
     def __init__(

@@ -9,12 +9,10 @@ Memory of a worker: 100 bytes per key of a partition (0.8 GB as set) and a map o
 of the corpus. The clusters of near duplicates are found in one process: 60 bytes per candidate pair.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
