@@ -1,6 +1,6 @@
 """What a GPU is asked first: whether the GPU path does what it is said to, with time and memory.
 
-    python benchmarks/gpu_acceptance.py [--part tests demo precision tiny memory] [--output DIR]
+    python benchmarks/gpu_acceptance.py [--part tests demo precision tiny memory compile] [--output DIR]
 
 - tests: `pytest tests/gpu`.
 - demo: `tools/demo.py` on all GPUs of this machine.
@@ -9,6 +9,7 @@
 - tiny: configs/train_config_tiny.json (about 100M parameters), --steps steps on text that this machine has
   installed: its loss falls from about 10 to about 5 in 1,000.
 - memory: what the planner predicts for slices of published models, beside what CUDA's allocator hands out.
+- compile: what torch.compile would gain on elementwise parts of the model (`compile.py`); it judges nothing.
 
 Each part has --part-seconds, so that parts can be run in calls of less than ten minutes;
 OUTPUT/acceptance.json and .md keep the parts of earlier calls. The exit code is 1 where a part failed.
@@ -79,6 +80,7 @@ class Acceptance:
             "precision": (f"python tools/compare_precision.py, {options.steps} steps", self.precision),
             "tiny": (f"pretrain_megads.py with configs/{TINY.name}, {options.steps} steps", self.tiny),
             "memory": ("the slices of train_gpu.py, a few steps each", self.memory),
+            "compile": ("python benchmarks/compile.py", self.compile),
         }
 
     def run(self, name: str) -> Outcome:
@@ -186,6 +188,20 @@ class Acceptance:
             raise PartFailed(f"off by more than {MEMORY_TOLERANCE:.0%}: {', '.join(far)}", facts)
         return facts
 
+    def compile(self) -> Facts:
+        """How many times as fast each group is when it is compiled, and how long that takes."""
+        file = self.output / "compile.json"
+        self._call("benchmarks/compile.py", "--device", self.options.device, "--json", file)
+        ways = {(one["group"], one["way"]): one for one in json.loads(file.read_text(encoding="utf-8"))}
+        facts: Facts = {}
+        for (group, way), compiled in ways.items():
+            if way == "compiled":
+                facts[f"{group}: times as fast"] = round(
+                    ways[group, "now"]["seconds"] / compiled["seconds"], 2
+                )
+                facts[f"{group}: seconds to compile"] = round(compiled["first_seconds"], 1)
+        return facts
+
 
 def tiny_config(corpus: Path, tokenizer: Path, output: Path, options: argparse.Namespace) -> dict[str, Any]:
     """train_config_tiny.json on the sample corpus, whose parts weigh what they hold."""
@@ -269,7 +285,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parts = ("tests", "demo", "precision", "tiny", "memory")
+    parts = ("tests", "demo", "precision", "tiny", "memory", "compile")
     with_data = ("demo", "precision")
     parser.add_argument("--part", nargs="+", choices=parts, help="default: all that this device can do")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")

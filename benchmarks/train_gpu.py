@@ -14,6 +14,8 @@ that it may see) per token (`megads/config/flops.py`), recomputation not include
 GPU's dense BF16 peak (989 TFLOP/s for H100 and H200), in FP8 too. "(square)" counts attention as the full
 square. Peak memory is what CUDA's allocator has handed out, beside the planner's prediction for MegaDS.
 
+--against megads-graphs is MegaDS once more, with CUDA graphs: the ratio is a claim of its own.
+
 --plan measures nothing and needs no GPU: it shows the slices that fit a GPU of the planner's table, and the
 speed, memory and bounds that it predicts. OUTPUT gets results.json, results.md, speed.png and log.txt (what
 the processes said). Any flag of pretrain_megads.py changes the slice for all contenders. On a CPU only the
@@ -130,7 +132,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, Overrides]:
     others = [name for name in CONTENDERS if name != "megads"]
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["v3"])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["bf16", "fp8"])
-    parser.add_argument("--against", nargs="*", choices=others, default=others)
+    parser.add_argument("--against", nargs="*", choices=others, default=["stock", "transformers"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8, help="timed steps per round")
     parser.add_argument("--micro-batches", type=int, default=4, help="per optimizer step")

@@ -9,7 +9,9 @@ from gpu_training.kernels import GROUPS
 from gpu_training.summary import GIB, Variant
 
 # Okabe and Ito's palette, which the color-blind can tell apart.
-CONTENDER_COLORS = {"megads": "#0072B2", "stock": "#E69F00", "transformers": "#999999"}
+CONTENDER_COLORS = {
+    "megads": "#0072B2", "megads-graphs": "#56B4E9", "stock": "#E69F00", "transformers": "#999999",
+}  # fmt: skip
 GROUP_COLORS = dict(
     zip(
         GROUPS,

@@ -116,7 +116,7 @@ def slice_config(
     """
     given = changes.get("model.num_layers", shape.layers)
     if given is not None:
-        return _config(shape, given, precision, device, micro_batches, changes)
+        return _checked(_config(shape, given, precision, device, micro_batches, changes))
     whole, fitting = load_config(CONFIGS / shape.config).model.num_layers, 0
     for layers in range(1, whole + 1):
         config = _config(shape, layers, "bf16", device, micro_batches, changes)
@@ -128,7 +128,12 @@ def slice_config(
             f"not even one layer of {shape.config} fits into {memory_bytes / 2**30:.0f} GiB: choose another "
             "--shape, or make it smaller (--model.moe.num_experts 16)"
         )
-    return _config(shape, fitting, precision, device, micro_batches, changes)
+    return _checked(_config(shape, fitting, precision, device, micro_batches, changes))
+
+
+def _checked(config: Config) -> Config:
+    check(config, 1, config.distributed.device == "cuda")
+    return config
 
 
 def _config(
@@ -136,7 +141,7 @@ def _config(
 ) -> Config:
     whole = load_config(CONFIGS / shape.config).model
     rows = whole.vocab_size * layers // whole.num_layers // VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE
-    config = load_config(
+    return load_config(
         CONFIGS / shape.config,
         ONE_PROCESS
         | TRAINING
@@ -153,8 +158,6 @@ def _config(
         | PRECISIONS[precision]
         | changes,
     )
-    check(config, 1, device == "cuda")
-    return config
 
 
 def resolved_on(config: Config) -> Resolved:

@@ -145,6 +145,9 @@ def claim_rows(variants: list[Variant]) -> Iterator[Row]:
             if its := found.get((shape, precision, other)):
                 speedup = mine.tokens_per_second / its.tokens_per_second
                 yield _claim(f"{label}: over {other}", speedup, least)
+        if graphs := found.get((shape, precision, "megads-graphs")):
+            speedup = graphs.tokens_per_second / mine.tokens_per_second
+            yield _claim(f"{label}: with CUDA graphs over without", speedup, 1.0)
         stock = found.get((shape, precision, "stock"))
         if stock and stock.peak_bytes and mine.peak_bytes:
             ratio = stock.peak_bytes / mine.peak_bytes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from gpu_training.contenders import Contender, Step, build_contender
+from gpu_training.contenders import SETTINGS, Contender, Step, build_contender
 from gpu_training.kernels import seconds_by_group
 from gpu_training.shapes import SHAPES, Overrides, planned_tensor_bytes, resolved_on, slice_config
 from gpu_training.stopwatch import PHASES, Stopwatch
@@ -81,9 +81,8 @@ def measure(job: Job) -> Measured:
 
     cuda = job.device == "cuda"
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else CPU_MEMORY_BYTES
-    config = slice_config(
-        SHAPES[job.shape], job.precision, job.device, memory, job.micro_batches, job.changes
-    )
+    changes = SETTINGS.get(job.contender, {}) | job.changes
+    config = slice_config(SHAPES[job.shape], job.precision, job.device, memory, job.micro_batches, changes)
     watch = Stopwatch(cuda=cuda)
     contender = build_contender(job.contender, config, resolved_on(config), watch)
     batches = zipf_batches(config, WARM_UP_STEPS + job.steps + PROFILED_STEPS, job.micro_batches)

@@ -380,6 +380,7 @@ class FP8(Section):
 
 
 RecomputeModule = Literal["mla_up_proj", "layernorm", "moe_act", "mlp", "shared_experts", "moe"]
+CudaGraphPart = Literal["attn", "mlp", "moe_router", "moe_preprocess"]
 
 
 class Training(Section):
@@ -495,6 +496,14 @@ class Training(Section):
         "moe (whole MoE layers, their exchange of tokens included)",
         source=f"{V3}, section 3.2.3: mla_up_proj, layernorm; 3.3.3: moe_act",
         flags=("--recompute-modules",),
+    )
+    cuda_graphs: tuple[CudaGraphPart, ...] = setting(
+        (),
+        "parts of layers that are captured as CUDA graphs and replayed: attn (with its norm), mlp (dense "
+        "FFNs), moe_router (norm, router, shared experts), moe_preprocess (sorting tokens by expert); needs "
+        "Transformer Engine and BF16",
+        source="Megatron-Core: cuda_graph_modules",
+        flags=("--cuda-graph-modules", "--cuda-graph-scope"),
     )
     loss_chunk_tokens: int | None = setting(
         None,

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from itertools import pairwise
 
 from megads.config import (
+    validate_cuda_graphs,
     validate_kernels,
     validate_layout,
     validate_model,
@@ -58,6 +59,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from validate_kernels.kernel_problems(config, cuda)
     yield from validate_recompute.recompute_problems(config)
     yield from validate_overlap.overlap_problems(config, cuda)
+    yield from validate_cuda_graphs.cuda_graph_problems(config, cuda)
     yield from not_yet(config, cuda)
     yield from missing_packages(config)
     yield from deepspeed_problems(config, validate_layout.accumulation_steps(config, world_size))[0]

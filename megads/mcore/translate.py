@@ -17,6 +17,8 @@ from megads.mcore.fusions import choose_fusions
 from megads.mcore.precision import gathers_fp8_parameters, optimizer_precision, transformer_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Steps of a process before its CUDA graphs are captured, so that nothing is set up while they are.
+WARM_UP_STEPS = 2
 _SHARDED = {2: "optim_grads", 3: "optim_grads_params"}  # by zero_stage, in Megatron-FSDP's words
 
 
@@ -48,6 +50,17 @@ def _recompute(config: Config) -> dict[str, Any]:
                     module for module in config.training.recompute_modules if module != "moe_act"
                 ],
             }
+
+
+def _cuda_graphs(config: Config) -> dict[str, Any]:
+    parts = config.training.cuda_graphs
+    if not parts:
+        return {}
+    return {
+        "cuda_graph_impl": "transformer_engine",
+        "cuda_graph_modules": list(parts),
+        "cuda_graph_warmup_steps": WARM_UP_STEPS,
+    }
 
 
 def _experts(config: Config, resolved: Resolved) -> dict[str, Any]:
@@ -135,6 +148,7 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
         **transformer_precision(config, resolved),
         **_experts(config, resolved),
         **_recompute(config),
+        **_cuda_graphs(config),
     )
 
 

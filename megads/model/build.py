@@ -15,6 +15,7 @@ from megads.mcore.fusions import choose_fusions
 from megads.mcore.precision import plan_fp8
 from megads.mcore.translate import transformer_config
 from megads.model.backends import backend_modules
+from megads.model.cuda_graphs import check_cuda_graphs
 from megads.model.flash_attention import choose_core_attention
 from megads.model.fp8_emulation import emulated_backend
 from megads.model.init import initialize_weights
@@ -35,6 +36,7 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
     fusions = choose_fusions(config, resolved)
     if resolved.device == "cuda":
         logger.info("fused kernels: %s", fusions.describe())
+    check_cuda_graphs(config, choice, fusions)
     backend = replace(backend_modules(choice.name), core_attention=core_attention, fusions=fusions)
     if (fp8 := plan_fp8(config, resolved)) is not None:
         logger.info("%s", fp8.describe())

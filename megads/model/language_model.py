@@ -55,6 +55,7 @@ class LanguageModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = model.tie_word_embeddings
+        self.position_embedding_type = "rope"  # read by Megatron-Core where it captures CUDA graphs
         self.mla = model.mla
         self.rope_dim = shape.qk_rope_head_dim
         self.mtp_depth = shape.mtp_depth

@@ -35,12 +35,27 @@ class Layer(TransformerLayer):
 
     Its recomputation of norms asks Transformer Engine whether FP8 is on; where there is none, the norms'
     outputs are kept and only MLA's up-projections are recomputed.
+
+    For `training.cuda_graphs` it says what a graph of attention takes besides hidden states: rotary tables.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not random.HAVE_TE:
             self.recompute_input_layernorm = self.recompute_pre_mlp_layernorm = False
+
+    def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, Tensor]:
+        """What graphs are captured with, by name: inputs are copied there before a replay."""
+        inputs: dict[str, Tensor] = super().get_layer_static_inputs(seq_length, micro_batch_size)
+        if inputs.pop("attention_mask", None) is not None:  # attention is captured; the mask is of documents
+            width, device = self.config.qk_pos_emb_head_dim, inputs["hidden_states"].device
+            inputs["rotary_pos_emb"] = torch.zeros(2, seq_length, 1, width // 2, device=device)
+        return inputs
+
+    def _get_te_cuda_graph_replay_args(self, *args: Any, **kwargs: Any) -> Any:
+        # Not `TransformerLayer`'s, which makes a mask of zeros for every call that has none.
+        kwargs.pop("attention_mask", None)
+        return super(TransformerLayer, self)._get_te_cuda_graph_replay_args(*args, **kwargs)
 
 
 class DropoutMoELayer(MoELayer):
@@ -49,7 +64,10 @@ class DropoutMoELayer(MoELayer):
     dropout: float = 0.0
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(*args, **kwargs)
+        outputs = super().forward(*args, **kwargs)
+        if not self.dropout:
+            return outputs  # type: ignore[no-any-return]  # of the router alone while its graph is captured
+        output, bias = outputs
         return torch.nn.functional.dropout(output, self.dropout, self.training), bias
 
 

@@ -49,6 +49,20 @@ def _join(nope_SBNX: Tensor, rope_SBNX: Tensor) -> Tensor:
     return _heads_first(torch.cat((nope_SBNX, rope_SBNX), dim=-1))
 
 
+def assemble_heads(
+    q_SBND: Tensor, kv_SBNX: Tensor, rope_key_SBR: Tensor, q_table: Tensor, k_table: Tensor, value_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries and keys, and values, of the up-projections' outputs: [B, N, S, *] each.
+
+    `rope.rotate_and_join` in plain torch.
+    """
+    rope_width, nope_width = rope_key_SBR.shape[-1], kv_SBNX.shape[-1] - value_width
+    k_nope, v_SBNV = kv_SBNX.split((nope_width, value_width), dim=-1)
+    q_nope, q_rope = q_SBND.split((nope_width, rope_width), dim=-1)
+    k_rope = rotate(rope_key_SBR.unsqueeze(2), k_table).expand(-1, -1, kv_SBNX.shape[2], -1)
+    return _join(q_nope, rotate(q_rope, q_table)), _join(k_nope, k_rope), _heads_first(v_SBNV)
+
+
 class MultiLatentAttention(MegatronModule):
     """Self-attention of a `TransformerLayer`: [S, B, H] -> [S, B, H].
 
@@ -179,11 +193,7 @@ class MultiLatentAttention(MegatronModule):
         if self.fused_rope:
             q, k, v = rotate_and_join(q_SBND, kv_SBNX, rope_key_SBR, q_table, table, config.v_head_dim)
             return _heads_first(q), _heads_first(k), _heads_first(v)
-        k_nope, v_SBNV = kv_SBNX.split((config.qk_head_dim, config.v_head_dim), dim=-1)
-        q_nope, q_rope = q_SBND.split((config.qk_head_dim, config.qk_pos_emb_head_dim), dim=-1)
-        k_rope = rotate(rope_key_SBR.unsqueeze(2), table).expand(-1, -1, heads, -1)
-        q_BNSD, k_BNSD = _join(q_nope, rotate(q_rope, q_table)), _join(k_nope, k_rope)
-        return q_BNSD, k_BNSD, _heads_first(v_SBNV)
+        return assemble_heads(q_SBND, kv_SBNX, rope_key_SBR, q_table, table, config.v_head_dim)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None) -> Tensor:
         """Attention of each contiguous chunk of this rank's queries: [S, B, N * V]."""

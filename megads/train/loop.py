@@ -63,6 +63,7 @@ def train(config: Config, resolved: Resolved) -> bool:
         try:
             return run.to_the_end()
         finally:
+            run.step.release_graphs()
             release_data_parallel(run.step.chunks)
 
 

@@ -29,6 +29,7 @@ from megads.config.scalars import Scalars
 from megads.config.schema import Config
 from megads.model.build import build_model
 from megads.model.context_parallel import local_part
+from megads.model.cuda_graphs import GraphCapture
 from megads.model.fp8_history import advance_histories
 from megads.model.language_model import LanguageModel
 from megads.model.router import routers_of, update_expert_biases
@@ -128,6 +129,7 @@ class TrainingStep:
         self.optimizer: MegatronOptimizer = build_optimizer(config, resolved, self.chunks)
         self.routers = routers_of(self.chunks)
         self.depths = 1 + resolved.shape.mtp_depth
+        self._graphs = GraphCapture(config, resolved, self.chunks, self.optimizer)
         self._schedule = get_forward_backward_func()
 
     @property
@@ -229,6 +231,8 @@ class TrainingStep:
         """
         for chunk in self.chunks:
             chunk.train()
+        self._graphs.before_step(micro_batches)
+        for chunk in self.chunks:
             chunk.zero_grad_buffer()
         for router in self.routers:
             router.reset_statistics()
@@ -279,6 +283,10 @@ class TrainingStep:
             if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
                 chunk.disable_forward_pre_hook()
                 chunk.enable_forward_pre_hook()
+
+    def release_graphs(self) -> None:
+        """Give up captured graphs: before the process groups are undone."""
+        self._graphs.release()
 
     def forget_gathered(self) -> None:
         """Have sharded weights (ZeRO-2, ZeRO-3) gathered anew: around a change of the shards."""

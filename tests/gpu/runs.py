@@ -3,11 +3,12 @@
 A process takes Megatron-Core with CUDA or with the CPU substitutions, never both.
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,13 @@ def run_on_gpus(
     return result["losses"], [Kernel(*kernel) for kernel in result["kernels"]]
 
 
+def losses_and_replays(steps: range, settings: dict[str, Any]) -> tuple[list[float], int]:
+    """The loss of each step on one GPU, and how often a CUDA graph was replayed."""
+    job = {"settings": settings | {"distributed.device": "cuda"}, "steps": [steps.start, steps.stop]}
+    result = _result([sys.executable], job, {})
+    return result["losses"], result["replays"]
+
+
 def _result(launcher: list[str], job: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
     done = subprocess.run(
         [*launcher, "-m", __name__, json.dumps(job)],
@@ -77,6 +85,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     from tests.dist import tiny
     from tests.dist.test_resume import load, save
 
+    replays = _count_replays()
     step = tiny.start(job["settings"])
     first, end = job["steps"]
     if job.get("load_from"):
@@ -90,7 +99,22 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         records += record
     if job.get("save_to"):
         save(step, Path(job["save_to"]), end)
-    return {"losses": [record["losses"][0] for record in records], "kernels": kernels}
+    losses = [record["losses"][0] for record in records]
+    return {"losses": losses, "kernels": kernels, "replays": next(replays)}
+
+
+def _count_replays() -> Iterator[int]:
+    """Counts replays of CUDA graphs from now on; the next number is how many there were."""
+    import torch
+
+    counter, replay = itertools.count(), torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        next(counter)
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = counted  # type: ignore[method-assign]
+    return counter
 
 
 def _profiled(function: Callable[[], Any]) -> tuple[Any, list[Kernel]]:

@@ -63,6 +63,20 @@ def test_a_program_that_fails_or_hangs_fails_its_part(
     assert acceptance.run("demo").problem == "stopped after --part-seconds: step 7"
 
 
+def test_what_compiling_gains_is_told_by_group(
+    acceptance: Acceptance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"group": "router", "way": "now", "seconds": 3e-3, "first_seconds": 0.1},
+        {"group": "router", "way": "compiled", "seconds": 2e-3, "first_seconds": 8.04},
+    ]
+    (acceptance.output / "compile.json").write_text(json.dumps(rows))
+    ends_with(monkeypatch, Ended(0, ""))
+    outcome = acceptance.run("compile")
+    assert outcome.problem is None
+    assert outcome.facts == {"router: times as fast": 1.5, "router: seconds to compile": 8.0}
+
+
 def metrics(path: Path, losses: list[float], last_step: int) -> None:
     every = last_step // len(losses)
     lines = [
@@ -188,5 +202,7 @@ def test_parts_of_earlier_calls_are_kept(
 
 
 def test_a_cpu_leaves_out_the_demo_and_what_needs_its_data() -> None:
-    assert parse_arguments(["--device", "cpu"]).part == ["tests", "tiny", "memory"]
-    assert parse_arguments(["--device", "cuda"]).part == ["tests", "demo", "precision", "tiny", "memory"]
+    assert parse_arguments(["--device", "cpu"]).part == ["tests", "tiny", "memory", "compile"]
+    assert parse_arguments(["--device", "cuda"]).part == [
+        "tests", "demo", "precision", "tiny", "memory", "compile",
+    ]  # fmt: skip

@@ -16,7 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import train_gpu  # noqa: E402
 from gpu_training import kernels, stopwatch, summary  # noqa: E402
-from gpu_training.contenders import Contender  # noqa: E402
+from gpu_training.contenders import SETTINGS, Contender  # noqa: E402
 from gpu_training.plan import plan_rows  # noqa: E402
 from gpu_training.processes import run_variant  # noqa: E402
 from gpu_training.shapes import (  # noqa: E402
@@ -79,6 +79,14 @@ def test_a_users_settings_win() -> None:
     config = slice_of("v3", **{"model.num_layers": 2, "training.gradient_checkpointing": "full"})
     assert config.model.num_layers == 2
     assert config.training.gradient_checkpointing == "full"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_slices_can_be_captured_as_graphs(name: str) -> None:
+    changes = SETTINGS["megads-graphs"] | {"training.recompute_modules": ["moe_act"]}
+    assert slice_of(name, **changes).training.cuda_graphs
+    with pytest.raises(ConfigError, match="mla_up_proj and layernorm would be recomputed"):
+        slice_of(name, **SETTINGS["megads-graphs"])
 
 
 def test_the_planner_shows_the_slices_without_a_gpu() -> None:
