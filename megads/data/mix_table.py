@@ -75,9 +75,12 @@ def mix_table(config: Config, corpus: Corpus) -> str:
             weight = "" if row.weight is None else f"{row.weight:.4g}"
             amounts = f"{row.available_tokens:,}", f"{row.read_tokens:,}", f"{row.epochs:.2f}"
             lines.append(_line(width, row.source, weight, f"{row.share:.2%}", *amounts))
-        there, read = sum(row.available_tokens for row in part), sum(row.read_tokens for row in part)
-        lines.append(_line(width, "all", "", "", f"{there:,}", f"{read:,}", f"{read / there:.2f}"))
+        there, taken = sum(row.available_tokens for row in part), sum(row.read_tokens for row in part)
+        lines.append(_line(width, "all", "", "", f"{there:,}", f"{taken:,}", f"{taken / there:.2f}"))
     lines += [line for part in train.parts for line in _remarks(part)]
+    read = {part.name for part in train.parts}
+    if unread := [source.name for source in config.data.sources if source.name not in read]:
+        lines.append(f"not read, without a weight above 0: {', '.join(unread)}")
     return "\n".join(lines)
 
 
@@ -98,7 +101,7 @@ def _remarks(part: SourcePart) -> Iterator[str]:
 
 def _line(width: int, source: str, *cells: str) -> str:
     columns = zip(cells, (8, 8, 20, 20, 8), strict=True)
-    return f"  {source:<{width}}" + "".join(f"{cell:>{column}}" for cell, column in columns)
+    return f"  {source:<{width}}" + "".join(f" {cell:>{column - 1}}" for cell, column in columns)
 
 
 def repetition_warnings(config: Config, corpus: Corpus) -> Iterator[str]:

@@ -6,7 +6,6 @@ split. The first and last documents of a source make up the splits, in order, by
 """
 
 import contextlib
-import glob
 import hashlib
 import json
 import logging
@@ -18,18 +17,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megads.config.schema import Config, DataSource
+from megads.config.schema import Config
 from megads.data.curriculum import ScoreOrder, document_levels, missing_scores, scores_sha256
 from megads.data.epochs import VERSION, EpochIndex, SourcePart
 from megads.data.index_cache import index_directory
-from megads.data.indexed import data_files
-from megads.data.input_file import is_url
-from megads.data.manifest import DatasetInfo, check_dataset
 from megads.data.mix import Mix, MixPhase, normalized, phases_within_caps
 from megads.data.packing import Packing, plan_packing
-from megads.data.remote_shards import fetch_datasets
 from megads.data.shard_group import ShardGroup
-from megads.data.tokenizer import load_tokenizer, tokenizer_sha256
+from megads.data.source_files import end_of_document, open_sources
 from megads.data.workers import start_helper_process
 from megads.errors import ConfigError, DataError
 
@@ -130,8 +125,8 @@ def plan_corpus(config: Config, samples: SampleCounts) -> Corpus:
     Raises ConfigError and DataError as `blend.build_datasets` says.
     """
     names, starts, shares = training_shares(config)
-    groups = _open_sources(config, names)
-    eod_id, sha256 = _end_of_document(config, [info for group in groups.values() for info in group.shards])
+    groups = open_sources(config, names)
+    eod_id, sha256 = end_of_document(config, [info for group in groups.values() for info in group.shards])
     _check_conversations(config, [name for name, group in groups.items() if group.has_loss_masks])
     layout = _SplitLayout(config, groups)
     parts = tuple(layout.part(name, "train") for name in names)
@@ -201,83 +196,6 @@ def training_shares(config: Config) -> tuple[list[str], list[int], list[dict[str
     starts = [-(-phase.from_tokens // tokens) for phase in data.phases] or [0]
     names = [source.name for source in data.sources if any(source.name in share for share in shares)]
     return names, starts, shares
-
-
-def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
-    """Prefixes of a source: as given, a directory for all the datasets in it, sorted.
-
-    What is given as an fsspec URL is fetched to `cache_dir`.
-
-    Raises ConfigError when the source says neither path nor subset, DataError for a directory without
-    datasets.
-    """
-    if source.path is None and source.subset is None:
-        raise ConfigError(f"data.sources, {source.name!r}: give it a path or a subset.")
-    paths = (str(Path(cache_dir) / (source.subset or "")),) if source.path is None else source.path
-    prefixes: list[str] = []
-    for path in (paths,) if isinstance(paths, str) else paths:
-        if is_url(path):
-            prefixes += fetch_datasets(path, cache_dir)
-            continue
-        if data_files(path)[1].exists() or not Path(path).is_dir():
-            prefixes.append(path)
-            continue
-        inside = sorted(glob.glob(glob.escape(path) + "/*.idx"))
-        if not inside:
-            raise DataError(f"{path}: no dataset (.idx) for source {source.name!r} in this directory.")
-        prefixes += [name.removesuffix(".idx") for name in inside]
-    return tuple(prefixes)
-
-
-def _open_sources(config: Config, names: list[str]) -> dict[str, ShardGroup]:
-    """Check the datasets of all sources against the model's vocabulary and one tokenizer."""
-    sha256 = tokenizer_sha256(config.data.tokenizer_path) if config.data.tokenizer_path else None
-    groups: dict[str, ShardGroup] = {}
-    for source in config.data.sources:
-        if source.name not in names:
-            continue
-        group = ShardGroup.open(source_prefixes(source, config.data.cache_dir), config.data.cache_dir)
-        for info in group.shards:
-            sha256 = sha256 or info.tokenizer_sha256  # the first one binds the others
-            if not _fits(info, config.model.vocab_size, sha256):
-                check_dataset(info.prefix, config.model.vocab_size, sha256)  # says what is wrong
-        if without := [info.prefix for info in group.shards if info.tokenizer_sha256 is None]:
-            more = f" and {len(without) - 1:,} more datasets" if len(without) > 1 else ""
-            logger.warning("%s%s: no .json record, so the tokenizer cannot be checked.", without[0], more)
-        groups[source.name] = group
-    return groups
-
-
-def _fits(info: DatasetInfo, vocab_size: int, sha256: str | None) -> bool:
-    if info.tokenizer_sha256 is None or info.vocab_size is None:
-        return True
-    return info.tokenizer_sha256 == sha256 and info.vocab_size <= vocab_size
-
-
-def _end_of_document(config: Config, infos: list[DatasetInfo]) -> tuple[int | None, str | None]:
-    """The end-of-document id of the records, else of the tokenizer; and the tokenizer's hash."""
-    recorded = {info.eod_id for info in infos if info.eod_id is not None}
-    if len(recorded) > 1:
-        raise DataError(
-            f"The datasets end their documents with different ids {sorted(recorded)}; preprocess them alike."
-        )
-    sha256 = next((info.tokenizer_sha256 for info in infos if info.tokenizer_sha256), None)
-    if recorded:
-        return recorded.pop(), sha256
-    if config.data.tokenizer_path:
-        tokenizer = load_tokenizer(config.data.tokenizer_path)
-        return tokenizer.eod_id, tokenizer.sha256
-    needed_by = [
-        name
-        for name in ("reset_position_ids", "document_mask", "eod_mask_loss")
-        if getattr(config.data, name)
-    ]
-    if needed_by:
-        raise DataError(
-            f"data.{needed_by[0]} needs the end-of-document id, which datasets without a .json record do not "
-            "tell: set data.tokenizer_path."
-        )
-    return None, None
 
 
 def _check_conversations(config: Config, names: list[str]) -> None:

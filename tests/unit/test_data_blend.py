@@ -263,7 +263,9 @@ def test_wrong_sources(tmp_path: Path) -> None:
     write_dataset(tmp_path / "b", unique_documents(30), vocab_size=VOCAB, sha256="b" * 64)
     (tmp_path / "hollow").mkdir()
     cases: list[tuple[list[dict[str, Any]], type[Exception], str]] = [
-        ([{"name": "a", "subset": "missing"}], DataError, r"missing\.bin: no such file"),
+        ([{"name": "a", "subset": "missing"}], DataError, r"missing\.bin: no such file.* 'a' names\. Make"),
+        ([{"name": "a", "subset": "hollo"}], DataError, r"hollo\.bin: .*did you mean hollow\?"),
+        ([{"name": "a", "path": [f"{tmp_path}/a", f"{tmp_path}/./a"]}], DataError, "listed twice"),
         ([{"name": "a", "subset": "hollow"}], DataError, "no dataset"),
         ([{"name": "a"}], ConfigError, "path or a subset"),
         ([{"name": "a", "subset": "a", "weight": 0}], ConfigError, "weight above 0"),
@@ -280,6 +282,14 @@ def test_wrong_sources(tmp_path: Path) -> None:
         build(small, train=5)
     with pytest.raises(ConfigError, match=r"data\.split"):
         build(config_of(tmp_path, [{"name": "a", "subset": "a"}], split="all"), train=5)
+
+
+def test_two_sources_of_the_same_data_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_dataset(tmp_path / "a", unique_documents(60), vocab_size=VOCAB)
+    (tmp_path / "b.idx").symlink_to("a.idx")
+    (tmp_path / "b.bin").symlink_to("a.bin")
+    build(config_of(tmp_path, [{"name": name, "subset": name} for name in "ab"]), train=5)
+    assert f"Sources a and b both read {tmp_path}/b" in caplog.text
 
 
 def test_a_dataset_without_record(tmp_path: Path) -> None:

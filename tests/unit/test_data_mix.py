@@ -217,6 +217,9 @@ def test_the_table(tmp_path: Path) -> None:
     assert f"training data: {300 * SEQ:,} tokens" in text
     assert "phase 2, from token 1,600 on:" in text
     assert text.count("tokens read") == 3
+    assert "not read" not in text
+    text = build(config_of(tmp_path, c={"weight": 0}), 300).table
+    assert text.endswith("\nnot read, without a weight above 0: c")
 
 
 def test_repetition_is_warned_of(tmp_path: Path) -> None:

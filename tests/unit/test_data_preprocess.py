@@ -28,7 +28,7 @@ from megads.data.preprocess import Progress, preprocess
 from megads.data.recipe import Recipe
 from megads.data.removals import Removal, removals_path, write_removals
 from megads.data.shards import Shard, convert_shard
-from megads.data.sources import source_prefixes
+from megads.data.source_files import source_prefixes
 from megads.data.tokenizer import load_tokenizer
 from megads.data.tokenizer_training import train_sentencepiece
 from megads.data.work_division import array_task, check_prefixes, divide
