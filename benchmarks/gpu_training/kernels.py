@@ -14,7 +14,9 @@ import torch
 
 OTHER = "other"
 
-_COMMUNICATION = re.compile(r"nccl|gloo|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all", re.IGNORECASE)
+_COMMUNICATION = re.compile(
+    r"nccl|gloo|userbuffers|all_?reduce|all_?gather|reduce_?scatter|all_?to_?all", re.IGNORECASE
+)
 _ATTENTION = re.compile(r"sdpa|fmha|flash|attention|fused_?attn", re.IGNORECASE)
 _GROUPED = re.compile(r"grouped_?(mm|gemm|linear)|group_?problem_?shape", re.IGNORECASE)
 _PRODUCT = re.compile(r"gemm|nvjet|xmma|cublas|cutlass|matmul|splitk|::(add|b|badd)?mm$", re.IGNORECASE)

@@ -124,3 +124,24 @@ def _dense(config: Config, resolved: Resolved, layer: LayerParameters) -> int:
     whole, _ = attention_matrices(config, resolved.shape)
     split = layer.attention - whole + layer.dense_ffn + layer.shared_experts
     return whole + layer.norms + layer.router + split // resolved.tp
+
+
+def keeps_layers_in_bf16(config: Config) -> bool:
+    """Whether some of the layers of a run in FP8 have none."""
+    training, fp8 = config.training, config.training.fp8
+    return fp8.bf16_first_layers + fp8.bf16_last_layers > 0 or (fp8.bf16_mtp and training.use_mtp)
+
+
+def user_buffer_bytes(config: Config, resolved: Resolved) -> int:
+    """Transformer Engine's buffers for `distributed.tp_comm_overlap`, each of a micro-batch's hidden states.
+
+    There are 12 whether products use them or not: 8 for gathers, in FP8 where the product is, and 4 for
+    scatters. Layers with and without FP8 have their own.
+    """
+    if not config.distributed.tp_comm_overlap:
+        return 0
+    training = config.training
+    in_fp8 = 8 * 1 + 4 * 2 if training.use_fp8 else 0
+    in_bf16 = 12 * 2 if not training.use_fp8 or keeps_layers_in_bf16(config) else 0
+    tokens = training.micro_batch_size * training.seq_length // resolved.cp
+    return tokens * config.model.mla.d_model * (in_fp8 + in_bf16)

@@ -754,6 +754,13 @@ class Distributed(Section):
     overlap_param_gather: bool = setting(
         True, "gather parameters during forward", flags=("--overlap-param-gather",)
     )
+    tp_comm_overlap: bool = setting(
+        False,
+        "gather and scatter hidden states over TP in pieces, beside the products that need them (CUDA, BF16, "
+        "through Transformer Engine's user buffers)",
+        source="Wang et al., doi:10.1145/3567955.3567959",
+        flags=("--tp-comm-overlap",),
+    )
     overlap_expert_parallel: bool = setting(
         False,
         "exchange the tokens of one micro-batch during the computation of another (CUDA only)",

@@ -2,14 +2,21 @@
 
 from collections.abc import Iterator
 
-from megads.config.resolve import pipeline_layout, uses_device
+from megads.config.resolve import pipeline_layout, slurm_processes_per_node, uses_device
 from megads.config.schema import Config
 from megads.config.shape import model_shape
+
+_ONE_SCALE_PER_TENSOR = ("tensorwise", "delayed")
+# Of Transformer Engine's scatters: a product in four parts, and 16 numbers at a time.
+_HIDDEN_MULTIPLE = 64
 
 
 def overlap_problems(config: Config, cuda: bool) -> Iterator[str]:
     """Each problem as one sentence with what to do."""
     distributed = config.distributed
+    if distributed.tp_comm_overlap:
+        for reason, instead in _tensor_parallel(config, uses_device(config, cuda)):
+            yield f"distributed.tp_comm_overlap {reason}: {instead}"
     if distributed.overlap_expert_parallel:
         for reason, instead in _expert_parallel(config, uses_device(config, cuda)):
             yield f"distributed.overlap_expert_parallel {reason}: {instead}"
@@ -19,6 +26,50 @@ def overlap_problems(config: Config, cuda: bool) -> Iterator[str]:
     if distributed.delay_wgrad_compute:
         for reason, instead in _delayed_weight_gradients(config):
             yield f"distributed.delay_wgrad_compute {reason}: {instead}"
+
+
+def _tensor_parallel(config: Config, device: str) -> Iterator[tuple[str, str]]:
+    """What Transformer Engine's user buffers ask for, and where nobody has seen them work."""
+    distributed, training = config.distributed, config.training
+    tp, hidden, off = distributed.tensor_parallel_size, config.model.mla.d_model, "set it to false"
+    if device == "cpu":
+        yield "needs CUDA, and this run is on the CPU", off
+    elif training.use_fp16 or not training.use_bf16:
+        precision = "FP16" if training.use_fp16 else "FP32"
+        yield f"adds up in BF16, and this run is in {precision}", f"set use_bf16, or {off}"
+    if config.model.backend == "native":
+        yield "needs Transformer Engine", f'set model.backend to "auto", or {off}'
+    elif training.use_fp8 and training.fp8.recipe not in _ONE_SCALE_PER_TENSOR:
+        recipes = " or ".join(f'"{recipe}"' for recipe in _ONE_SCALE_PER_TENSOR)
+        yield (
+            f'cannot cut up tensors with a scale per block (recipe = "{training.fp8.recipe}")',
+            f"set training.fp8.recipe to {recipes}, or {off}",
+        )
+    if tp == 1:
+        yield "has nothing to overlap with tensor_parallel_size = 1", off
+    elif distributed.sequence_parallel is False:
+        yield "overlaps what sequence parallelism exchanges", f"set sequence_parallel to null, or {off}"
+    if distributed.slurm.enabled and slurm_processes_per_node(distributed.slurm) % tp:
+        processes = slurm_processes_per_node(distributed.slurm)
+        yield (
+            f"works inside a node, whose {processes} processes do not divide into groups of {tp}",
+            f"change tensor_parallel_size, or {off}",
+        )
+    if hidden % _HIDDEN_MULTIPLE:
+        yield (
+            f"cuts hidden states into parts and needs a multiple of {_HIDDEN_MULTIPLE} in model.mla.d_model",
+            f"change that ({hidden}), or {off}",
+        )
+    if distributed.zero_stage >= 2:
+        yield "is known to work with zero_stage 0 and 1 only", f"set that to 1, or {off}"
+    if training.deterministic:
+        yield "is not deterministic", f"set training.deterministic to false, or {off}"
+    if distributed.overlap_expert_parallel:
+        yield (
+            "and overlap_expert_parallel exclude each other: one wants kernels to start in the order of "
+            "calls, the other wants them not to",
+            "set one of them to false",
+        )
 
 
 def _expert_parallel(config: Config, device: str) -> Iterator[tuple[str, str]]:

@@ -35,12 +35,16 @@ def choose_backend(config: Config, resolved: Resolved) -> Choice:
     Raises:
         EnvironmentSetupError: Transformer Engine is asked for, or needed, and cannot be imported.
     """
-    choice = _choose(config, resolved)
-    if choice.name == "native" and config.distributed.delay_wgrad_compute:
-        raise EnvironmentSetupError(
-            "distributed.delay_wgrad_compute needs Transformer Engine, and the layers would be native: "
-            f"{choice.why}. Install it ({INSTALL}), or set delay_wgrad_compute to false"
-        )
+    choice, distributed = _choose(config, resolved), config.distributed
+    for setting, asked in (
+        ("delay_wgrad_compute", distributed.delay_wgrad_compute),
+        ("tp_comm_overlap", distributed.tp_comm_overlap),
+    ):
+        if asked and choice.name == "native":
+            raise EnvironmentSetupError(
+                f"distributed.{setting} needs Transformer Engine, and the layers would be native: "
+                f"{choice.why}. Install it ({INSTALL}), or set {setting} to false"
+            )
     return choice
 
 

@@ -97,8 +97,11 @@ def destroy_process_groups() -> None:
     """Undo `initialize_process_groups`, and free what the run leaves on the device; it can be made again."""
     from megatron.core import parallel_state
 
+    from megads.mcore.user_buffers import destroy_user_buffers
+
     if dist.is_initialized():
         dist.barrier()  # nobody may still be talking to a process that leaves
+    destroy_user_buffers()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

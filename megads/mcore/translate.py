@@ -120,6 +120,7 @@ def transformer_config(config: Config, resolved: Resolved) -> MLATransformerConf
         mtp_loss_scaling_factor=config.training.mtp_loss_weight,
         tensor_model_parallel_size=resolved.tp,
         sequence_parallel=resolved.sequence_parallel,
+        tp_comm_overlap=config.distributed.tp_comm_overlap,
         pipeline_model_parallel_size=resolved.pp,
         virtual_pipeline_model_parallel_size=resolved.vpp,
         pipeline_model_parallel_layout=pipeline_layout(resolved),

@@ -46,7 +46,7 @@ def backend_modules(name: Name) -> Backend:
     from megads.model import transformer_engine as te
 
     return Backend(
-        te.TEColumnParallelLinear,
+        te.ColumnTELinear,
         te.TERowParallelLinear,
         te.ReplicatedTELinear,
         te.TENorm,

@@ -14,6 +14,7 @@ from megads.mcore.backend import choose_backend
 from megads.mcore.fusions import choose_fusions
 from megads.mcore.precision import plan_fp8
 from megads.mcore.translate import transformer_config
+from megads.mcore.user_buffers import initialize_user_buffers
 from megads.model.backends import backend_modules
 from megads.model.cuda_graphs import check_cuda_graphs
 from megads.model.flash_attention import choose_core_attention
@@ -44,6 +45,8 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
             backend = emulated_backend(backend, config.training.fp8, fp8.recipe)
             if config.training.fp8.param_gather:
                 logger.warning("training.fp8.param_gather has no effect: FP8 is emulated")
+    if config.distributed.tp_comm_overlap:
+        initialize_user_buffers(config, resolved)
     transformer = transformer_config(config, resolved)
     chunks: list[torch.nn.Module] = []
     for chunk in range(resolved.vpp or 1):

@@ -97,7 +97,9 @@ class MultiLatentAttention(MegatronModule):
         )
         heads = config.num_attention_heads
         if config.q_lora_rank is None:
-            self.linear_q_proj = self._split_over_heads(backend, config.hidden_size, heads * self.qk_head_dim)
+            self.linear_q_proj = self._split_over_heads(
+                backend, config.hidden_size, heads * self.qk_head_dim, buffer="qkv"
+            )
         else:
             self.linear_q_down_proj = backend.replicated_linear(
                 config.hidden_size, config.q_lora_rank, config
@@ -125,7 +127,9 @@ class MultiLatentAttention(MegatronModule):
             tp_group=self.tp_group,
         )
 
-    def _split_over_heads(self, backend: Backend, in_features: int, out_features: int) -> Any:
+    def _split_over_heads(
+        self, backend: Backend, in_features: int, out_features: int, buffer: str | None = None
+    ) -> Any:
         return backend.column_linear(
             in_features,
             out_features,
@@ -135,6 +139,7 @@ class MultiLatentAttention(MegatronModule):
             gather_output=False,
             skip_bias_add=False,
             is_expert=False,
+            tp_comm_buffer_name=buffer,
             tp_group=self.tp_group,
         )
 

@@ -8,6 +8,7 @@ Shapes: T dispatched tokens sorted by expert, E local experts, H hidden, I exper
 expert tensor parallelism).
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -29,15 +30,33 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformer_engine.pytorch.tensor import QuantizedTensor
 
+from megads.mcore.user_buffers import NAMES
 from megads.model.experts import Experts
 
 __all__ = [
+    "ColumnTELinear",
     "GroupedTEExperts",
     "ReplicatedTELinear",
-    "TEColumnParallelLinear",
     "TENorm",
     "TERowParallelLinear",
 ]
+
+
+class ColumnTELinear(TEColumnParallelLinear):  # type: ignore[misc]
+    """Megatron-Core's, but that only those with a user buffer overlap their gather (`tp_comm_overlap`).
+
+    Where a linear's name is none of Transformer Engine's, Megatron-Core turns the overlap off in the
+    configuration, which is that of all layers after it too. The gathers of MLA's latents and of MTP's
+    projection are not as wide as a buffer.
+    """
+
+    def __init__(
+        self, *args: Any, config: TransformerConfig, tp_comm_buffer_name: str | None = None, **kwargs: Any
+    ) -> None:
+        if config.tp_comm_overlap and tp_comm_buffer_name not in NAMES:
+            config = copy.copy(config)
+            config.tp_comm_overlap = False
+        super().__init__(*args, config=config, tp_comm_buffer_name=tp_comm_buffer_name, **kwargs)
 
 
 class ReplicatedTELinear(TELinear):  # type: ignore[misc]

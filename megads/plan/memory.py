@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from megads.config.flops import ParameterCounts, count_parameters
-from megads.config.memory import largest_layer, stage_memory
+from megads.config.memory import largest_layer, stage_memory, user_buffer_bytes
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.plan.activations import Parts, SavedActivations
@@ -27,7 +27,8 @@ class StageBytes:
     """Bytes of one process of pipeline rank `stage`, by part; `micro_batches` are those in flight.
 
     `activations` leaves out routed tokens (`dispatch`), MTP modules and logits; `workspace` is what
-    backward makes for a while, recomputed layers included; `runtime` and `margin` are 0 on the CPU.
+    backward makes for a while, recomputed layers included; `runtime`, with user buffers, and `margin` are 0
+    on the CPU.
     """
 
     stage: int
@@ -79,7 +80,7 @@ def memory_of_stage(saved: SavedActivations, stage: int, counts: ParameterCounts
         mtp=flying["mtp"],
         logits=flying["logits"],
         workspace=workspace,
-        runtime=RUNTIME_BYTES if cuda else 0,
+        runtime=RUNTIME_BYTES + user_buffer_bytes(config, resolved) if cuda else 0,
         margin=round(MARGIN_SHARE * changing) if cuda else 0,
     )
 

@@ -7,7 +7,8 @@ A micro-batch on a stage takes, forward and backward,
 - `MEMORY_PASSES` passes of the memory over what forward keeps, for norms, SwiGLU, permutations, residuals;
 - its communication at `LINK_EFFICIENCY` of a link: tensor, expert (all-to-all of K copies of each token) and
   context parallelism. Nothing of it is taken to overlap with computation, as is so with the all-to-all
-  dispatcher; DeepEP and DualPipe (DeepSeek-V3, section 3.2) hide most of it.
+  dispatcher; DeepEP and DualPipe (DeepSeek-V3, section 3.2) hide most of it. `tp_comm_overlap` hides
+  `OVERLAP` of the exchanges that have user buffers.
 
 A step is (m - 1) t_max + sum(t) / vpp + t_max (1 - 1 / vpp) for m micro-batches over stages of times t
 (arXiv:2104.04473, section 2.2), and what the optimizer and data parallelism add, of which `OVERLAP` is hidden
@@ -274,15 +275,21 @@ class SpeedModel:
         return (over_network + in_the_node) / LINK_EFFICIENCY
 
     def _tensor_parallel(self, is_moe: bool) -> float:
-        """Gathers of the latents and of the FFN's input, scatters of both outputs; backward mirrors them."""
+        """Gathers of the latents and of the FFN's input, scatters of both outputs; backward mirrors them.
+
+        Those of hidden states beside a product have user buffers: forward's gathers, and scatters both ways.
+        """
         mla, shape, tp = self.config.model.mla, self.resolved.shape, self.resolved.tp
         latents = (mla.q_lora_rank or mla.d_model) + mla.d_latent + shape.qk_rope_head_dim
         has_ffn = not is_moe or shape.shared_intermediate_size > 0
         gathered = latents + (mla.d_model if has_ffn else 0)
         scattered = mla.d_model * (2 if has_ffn else 1)
         # A gathered input is gathered again for the weight gradient.
-        numbers = self.saved.tokens * (3 * gathered + 2 * scattered)
-        return self._exchange(numbers * self.saved.element_bytes, tp, 1)
+        numbers: float = 3 * gathered + 2 * scattered
+        if self.config.distributed.tp_comm_overlap:
+            gathered_hidden = mla.d_model * (has_ffn + (mla.q_lora_rank is None))
+            numbers -= OVERLAP * (gathered_hidden + 2 * scattered)
+        return self._exchange(numbers * self.saved.tokens * self.saved.element_bytes, tp, 1)
 
     def _expert_parallel(self) -> float:
         """Dispatch and combine, forward and backward; inside expert TP a gather and a scatter more."""

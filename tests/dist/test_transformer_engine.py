@@ -150,6 +150,33 @@ def delayed_weight_gradients(settings: dict[str, Any], directory: Path) -> list[
     return found
 
 
+def buffers_of_linears(settings: dict[str, Any], directory: Path) -> tuple[dict[str, list[str]], bool]:
+    """What each linear does in pieces, by its name, of those that do; and whether the model still does."""
+    from transformer_engine.pytorch import Linear
+    from transformer_engine.pytorch.module import base
+
+    from megads.model import build
+
+    def translated(*args: Any) -> Any:
+        config = transformer_config(*args)
+        config.tp_comm_overlap = True  # past the checks, which want CUDA
+        return config
+
+    transformer_config, ways = build.transformer_config, ("ag_fprop", "rs_fprop", "ag_dgrad", "rs_dgrad")
+    with (
+        mock.patch.object(build, "transformer_config", translated),
+        mock.patch.object(base, "_ub_initialized", True),
+    ):
+        step = build_with_transformer_engine(settings)
+    (model,) = (build.unwrap(chunk) for chunk in step.chunks)
+    found = {
+        name: [f"{module.ub_name} {way}" for way in ways if getattr(module, f"ub_overlap_{way}")]
+        for name, module in model.named_modules()
+        if isinstance(module, Linear)
+    }
+    return {name: buffers for name, buffers in found.items() if buffers}, model.config.tp_comm_overlap
+
+
 if __name__ == "__main__":
     name, settings, directory, output = json.loads(sys.argv[1])
     torch.save(globals()[name](settings, Path(directory)), f"{output}/{os.environ['RANK']}.pt")
@@ -222,3 +249,23 @@ def test_the_combined_schedule_calls_once_for_every_delayed_weight_gradient(
     attention = 4 if q_lora_rank is None else 5
     # A dense FFN has 2, shared and routed experts have 4, MTP a projection before its layer.
     assert [len(called) - attention for _, called in layers] == [2, 4, 4, 4, 4 + 1]
+
+
+@pytest.mark.parametrize("q_lora_rank", [24, None])
+def test_linears_of_hidden_states_have_user_buffers_and_others_do_not(
+    q_lora_rank: int | None, tmp_path: Path
+) -> None:
+    settings = tiny.LAYOUTS["tp2"].settings | {"model.mla.q_lora_rank": q_lora_rank}
+    (found, overlaps), _ = in_new_processes(2, buffers_of_linears, settings, tmp_path, tmp_path)
+    assert overlaps  # what Megatron-Core would turn off at the first linear that has none
+    layers = [f"decoder.layers.{index}." for index in range(4)]
+    layers += [f"mtp.layers.{index}.mtp_model_layer." for index in range(2)]
+    expected = {}
+    for layer in layers:
+        ffn = layer + ("mlp." if layer == "decoder.layers.0." else "mlp.shared_experts.")
+        expected[layer + "self_attention.linear_proj"] = ["proj rs_fprop", "proj ag_dgrad"]
+        expected[ffn + "linear_fc1"] = ["fc1 ag_fprop"]
+        expected[ffn + "linear_fc2"] = ["fc2 rs_fprop", "fc2 ag_dgrad"]
+        if q_lora_rank is None:
+            expected[layer + "self_attention.linear_q_proj"] = ["qkv ag_fprop"]
+    assert found == expected

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULT = "result: "
 
 
 class Kernel(NamedTuple):
@@ -77,7 +78,9 @@ def _result(launcher: list[str], job: dict[str, Any], environment: dict[str, str
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    # Not the last line: what libraries print in C comes when the process ends.
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))
+    result: dict[str, Any] = json.loads(line.removeprefix(RESULT))
     return result
 
 
@@ -133,4 +136,4 @@ def _profiled(function: Callable[[], Any]) -> tuple[Any, list[Kernel]]:
 if __name__ == "__main__":
     result = _run(json.loads(sys.argv[1]))
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(result), flush=True)
+        print(RESULT + json.dumps(result), flush=True)

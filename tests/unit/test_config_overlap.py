@@ -14,6 +14,7 @@ from megads.mcore.translate import ddp_config, transformer_config
 from tests.dist import tiny
 
 EP, PP = "distributed.expert_parallel_size", "distributed.pipeline_parallel_size"
+TP, CP = "distributed.tensor_parallel_size", "distributed.context_parallel_size"
 VPP, LAYOUT = "distributed.virtual_pipeline_parallel_size", "distributed.pipeline_layout"
 COMBINED = {
     "distributed.overlap_expert_parallel": True,
@@ -23,6 +24,13 @@ COMBINED = {
 }
 SHARED = {"distributed.overlap_shared_experts": True, EP: 2}
 DELAYED = COMBINED | {"distributed.delay_wgrad_compute": True}
+IN_PIECES = {
+    "distributed.tp_comm_overlap": True,
+    "distributed.device": "cuda",
+    TP: 2,
+    "model.mla.d_model": 64,
+}
+FP8 = {"training.use_fp8": True}
 SELECTIVE = {"training.gradient_checkpointing": "selective"}
 
 
@@ -40,7 +48,12 @@ def problems(settings: dict[str, Any]) -> list[str]:
         DELAYED,
         DELAYED | {PP: 2, VPP: 2} | SELECTIVE,
         SHARED,
-        {"distributed.overlap_shared_experts": True, "distributed.tensor_parallel_size": 2},
+        {"distributed.overlap_shared_experts": True, TP: 2},
+        IN_PIECES,
+        IN_PIECES | {PP: 2, EP: 2, CP: 2} | SELECTIVE,
+        IN_PIECES | SHARED,
+        IN_PIECES | FP8 | {"training.fp8.recipe": "tensorwise"},
+        IN_PIECES | {"distributed.slurm.enabled": True, "distributed.slurm.gpus_per_node": 8},
     ],
 )
 def test_what_works(settings: dict[str, Any]) -> None:
@@ -70,6 +83,27 @@ def test_what_works(settings: dict[str, Any]) -> None:
         (SHARED | SELECTIVE | {"training.recompute_modules": ["shared_experts"]}, "leave out one of them"),
         (DELAYED | {"distributed.overlap_expert_parallel": False}, "needs the combined schedule"),
         (DELAYED | {"model.backend": "native"}, "needs Transformer Engine"),
+        (IN_PIECES | {"distributed.device": "cpu"}, "needs CUDA"),
+        (IN_PIECES | {"model.backend": "native"}, "needs Transformer Engine"),
+        (IN_PIECES | {"training.use_bf16": False}, "adds up in BF16, and this run is in FP32"),
+        (
+            IN_PIECES | {"training.use_bf16": False, "training.use_fp16": True},
+            "adds up in BF16, and this run is in FP16",
+        ),
+        (IN_PIECES | FP8, 'cannot cut up tensors with a scale per block (recipe = "auto")'),
+        (IN_PIECES | {TP: 1}, "has nothing to overlap with tensor_parallel_size = 1"),
+        (
+            IN_PIECES | {"distributed.sequence_parallel": False},
+            "overlaps what sequence parallelism exchanges",
+        ),
+        (
+            IN_PIECES | {"distributed.slurm.enabled": True, "distributed.slurm.gpus_per_node": 3},
+            "whose 3 processes do not divide into groups of 2",
+        ),
+        (IN_PIECES | {"model.mla.d_model": 96}, "needs a multiple of 64 in model.mla.d_model"),
+        (IN_PIECES | {"distributed.zero_stage": 3}, "zero_stage 0 and 1 only"),
+        (IN_PIECES | {"training.deterministic": True}, "is not deterministic"),
+        (IN_PIECES | COMBINED, "tp_comm_overlap and overlap_expert_parallel exclude each other"),
     ],
 )
 def test_each_reason_is_told_alone(settings: dict[str, Any], said: str) -> None:
@@ -97,11 +131,14 @@ def test_weight_gradients_are_put_off_in_the_model_and_in_their_reduction(
     assert ddp_config(config, resolved).delay_wgrad_compute
 
 
-def test_without_transformer_engine_weight_gradients_cannot_be_put_off(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("settings", "name"), [(DELAYED, "delay_wgrad_compute"), (IN_PIECES, "tp_comm_overlap")]
+)
+def test_what_transformer_engine_alone_can_do(
+    settings: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether it is there is known on the machine that trains only."""
     monkeypatch.setattr(backend, "transformer_engine_problem", lambda: "Transformer Engine is not installed")
-    config = load_config(None, tiny.BASE | DELAYED)
-    with pytest.raises(EnvironmentSetupError, match="delay_wgrad_compute needs Transformer Engine"):
+    config = load_config(None, tiny.BASE | settings)
+    with pytest.raises(EnvironmentSetupError, match=f"distributed.{name} needs Transformer Engine"):
         backend.choose_backend(config, resolve(config, 2, cuda=True))

@@ -12,7 +12,7 @@ from megads.config.schema import Config
 from megads.plan.activations import SavedActivations
 from megads.plan.budget import Interruptions, budget, tokens_per_second_at
 from megads.plan.hardware import gpu_named
-from megads.plan.speed import ModelFlops, SpeedModel, StepTime
+from megads.plan.speed import OVERLAP, ModelFlops, SpeedModel, StepTime
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NO_RAMP = {"training.batch_size_rampup_start": None, "training.batch_size_rampup_tokens": 0}
@@ -77,6 +77,22 @@ def test_flops_per_token_of_deepseek_v3() -> None:
     attention = 3 * 61 * 128 * (192 + 128) * 2 * 4097 / 2
     assert training_flops_per_token(config) == pytest.approx(6 * 36.62e9 + attention, rel=0.002)
     assert training_flops_per_token(config) == pytest.approx(250e9, rel=0.02)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 1536])
+def test_user_buffers_hide_exchanges_of_hidden_states(q_lora_rank: int | None) -> None:
+    """Of a layer with d wide states; queries of the hidden states are gathered beside their product too."""
+    d, latent = 2048, 512 + 64
+    layout = {"distributed.tensor_parallel_size": 2, "model.mla.q_lora_rank": q_lora_rank}
+    overlap = {"distributed.tp_comm_overlap": True}
+    plain, in_pieces = (
+        predicted(shipped("deepseek_v2_lite", **layout | changes), 64, "h100") for changes in ({}, overlap)
+    )
+    exchanged = 3 * ((q_lora_rank or d) + latent + d) + 2 * 2 * d
+    beside_products = (2 if q_lora_rank is None else 1) * d + 2 * 2 * d
+    ratio = in_pieces.tensor_parallel / plain.tensor_parallel
+    assert ratio == pytest.approx(1 - OVERLAP * beside_products / exchanged)
+    assert in_pieces.seconds < plain.seconds
 
 
 def test_a_step_adds_up() -> None:

@@ -92,6 +92,20 @@ def test_stages_of_the_same_layers_need_less_toward_the_end() -> None:
     assert last.logits == pytest.approx(2 * 4096 * 129280 * 2, rel=0.1)
 
 
+def test_user_buffers_hold_the_hidden_states_of_a_micro_batch() -> None:
+    def runtime(**changes: Any) -> int:
+        layout = {"distributed.tensor_parallel_size": 2, "training.micro_batch_size": 2}
+        return memory_by_stage(*shipped("deepseek_v2_lite", 64, **layout | changes))[0].runtime
+
+    overlap = {"distributed.tp_comm_overlap": True}
+    fp8 = overlap | {"training.use_fp8": True, "training.fp8.recipe": "tensorwise"}
+    hidden_states, without = 2 * 4096 * 2048, runtime()
+    assert runtime(**overlap) - without == 12 * hidden_states * 2
+    assert runtime(**fp8) - without == 8 * hidden_states + 4 * hidden_states * 2
+    both = runtime(**fp8, **{"training.fp8.bf16_last_layers": 1}) - without
+    assert both == (12 * 2 + 8 + 4 * 2) * hidden_states
+
+
 def test_recomputation_saves_and_needs_a_workspace() -> None:
     by_setting = {
         setting: heaviest(*shipped("deepseek_v2_lite", 64, **{"training.gradient_checkpointing": setting}))

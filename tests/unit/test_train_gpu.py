@@ -127,6 +127,7 @@ def test_tokens_are_the_same_every_time_and_frequent_ones_are_frequent() -> None
         ("void at::native::vectorized_elementwise_kernel<4, ...>", ["aten::add"], "norms, elementwise"),
         ("void at::native::vectorized_elementwise_kernel<4>", ["aten::mul", "optimizer"], "optimizer"),
         ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", [], "communication"),
+        ("userbuffers_fp16_sum_inplace_gpu_mc_rs_oop", ["_Linear"], "communication"),
         ("aten::mm", ["MmBackward0"], "dense products"),
         ("aten::bmm", ["CausalAttention"], "attention"),
         ("optimizer", [], "optimizer"),
