@@ -62,6 +62,8 @@ def _tensor_parallel(config: Config, device: str) -> Iterator[tuple[str, str]]:
         )
     if distributed.zero_stage >= 2:
         yield "is known to work with zero_stage 0 and 1 only", f"set that to 1, or {off}"
+    if training.cuda_graphs:
+        yield "has not been tried inside CUDA graphs", f"set training.cuda_graphs to [], or {off}"
     if training.deterministic:
         yield "is not deterministic", f"set training.deterministic to false, or {off}"
     if distributed.overlap_expert_parallel:
