@@ -63,7 +63,7 @@ def check_dataset(
     for path in (bin_path, idx_path):
         if not path.is_file():
             raise DataError(f"{path}: no such file. Make the dataset with tools/preprocess_dolma.py.")
-    documents, tokens = _check_index(bin_path, idx_path)
+    documents, tokens = check_index(bin_path, idx_path)
     if tokens == 0:
         raise DataError(f"{prefix}: the dataset is empty ({documents:,} documents, no tokens).")
     idx_sha256 = _sha256(idx_path)
@@ -127,8 +127,11 @@ def sequence_lengths(prefix: str | os.PathLike[str]) -> NDArray[np.int32]:
     return np.memmap(idx_path, dtype=np.int32, mode="r", offset=HEADER.size, shape=(sequences,))
 
 
-def _check_index(bin_path: Path, idx_path: Path) -> tuple[int, int]:
-    """Compare the index with itself and with the size of the `.bin`; returns sequences and tokens."""
+def check_index(bin_path: Path, idx_path: Path) -> tuple[int, int]:
+    """Compare an index with itself and with the size of the `.bin`; returns sequences and tokens.
+
+    Raises DataError where they do not agree.
+    """
     idx_bytes = idx_path.stat().st_size
     with open(idx_path, "rb") as file:
         header = file.read(HEADER.size)

@@ -44,19 +44,23 @@ def fetch_datasets(url: str, cache_dir: str | os.PathLike[str]) -> tuple[str, ..
     with _store(url):
         filesystem, inside = fsspec.core.url_to_fs(url)
         alone = filesystem.exists(inside + ".idx")
-        indexes = [inside + ".idx"] if alone else sorted(map(str, filesystem.glob(inside + "/*.idx")))
-    if not indexes:
+        found = (
+            []
+            if alone
+            else [str(name) for end in ("idx", "bin") for name in filesystem.glob(f"{inside}/*.{end}")]
+        )
+    prefixes = [inside] if alone else sorted({os.path.splitext(name)[0] for name in found})
+    if not prefixes:
         raise DataError(f"{url}: neither a dataset (.idx) nor a directory with datasets.")
     directory = Path(cache_dir) / "remote" / hashlib.sha256(url.encode()).hexdigest()[:16]
 
-    def fetch(index: str) -> str:
-        prefix = index.removesuffix(".idx")
+    def fetch(prefix: str) -> str:
         local = str(directory / os.path.basename(prefix))
         _fetch_dataset(url, filesystem, prefix, local)
         return local
 
     with ThreadPoolExecutor(FETCHING_THREADS) as pool:
-        return tuple(pool.map(fetch, indexes))
+        return tuple(pool.map(fetch, prefixes))
 
 
 def _fetch_dataset(url: str, filesystem: Any, prefix: str, local: str) -> None:
@@ -64,6 +68,8 @@ def _fetch_dataset(url: str, filesystem: Any, prefix: str, local: str) -> None:
     endings = [*(path.suffix for path in data_files("x")), SCORES, LOSS_MASK]
     with _store(url):
         there = {ending: prefix + ending for ending in endings if filesystem.exists(prefix + ending)}
+        if missing := [prefix + ending for ending in (".bin", ".idx") if ending not in there]:
+            raise DataError(f"{url}: {missing[0]}: no such file. Copy the dataset there again.")
         infos = {ending: filesystem.info(path) for ending, path in there.items()}
     seen = {
         ending: [info.get("size"), next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None)]
@@ -78,7 +84,7 @@ def _fetch_dataset(url: str, filesystem: Any, prefix: str, local: str) -> None:
     for ending, path in there.items():
         with _store(url), published(Path(local + ending)) as file:
             filesystem.get_file(path, file.name)
-    if infos[".idx"].get("size") and infos.get(".bin", {}).get("size"):  # an empty one is left out later
+    if infos[".bin"].get("size"):  # an empty one is left out later
         check_dataset(local, ANY_VOCABULARY, None, full=True)
     publish_file(fetched, state)
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from megads.data.bin_files import BinFiles
 from megads.data.index_cache import Arrays, index_directory, load_arrays, publish_arrays
 from megads.data.indexed import HEADER, LOSS_MASK, TOKEN_TYPES, data_files, sidecar_file
-from megads.data.manifest import DatasetInfo, check_dataset, sequence_lengths
+from megads.data.manifest import DatasetInfo, check_dataset, check_index, sequence_lengths
 from megads.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -198,8 +198,11 @@ def _publish_group(path: Path, prefixes: Sequence[str]) -> None:
 
 
 def _is_empty(prefix: str) -> bool:
+    """Whether a dataset has no tokens, by its index too; DataError for one that has lost them."""
     bin_path, idx_path, _ = data_files(prefix)
-    return idx_path.is_file() and bin_path.is_file() and bin_path.stat().st_size == 0
+    if not (idx_path.is_file() and bin_path.is_file()) or bin_path.stat().st_size > 0:
+        return False
+    return check_index(bin_path, idx_path)[1] == 0
 
 
 def _token_type(prefix: str) -> np.dtype[Any]:

@@ -38,10 +38,15 @@ def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
             _check_exists(path, source.name)
             prefixes.append(path)
             continue
-        inside = sorted(glob.glob(glob.escape(path) + "/*.idx"))
+        # A `.bin` that has lost its `.idx` is not passed over: it is refused when it is opened.
+        inside = {
+            os.path.splitext(name)[0]
+            for end in ("idx", "bin")
+            for name in glob.glob(f"{glob.escape(path)}/*.{end}")
+        }
         if not inside:
             raise DataError(f"{path}: no dataset (.idx) for source {source.name!r} in this directory.")
-        prefixes += [name.removesuffix(".idx") for name in inside]
+        prefixes += sorted(inside)
     seen: set[str] = set()
     for prefix in prefixes:
         if (file := _index_file(prefix)) in seen:

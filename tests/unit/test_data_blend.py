@@ -276,6 +276,10 @@ def test_wrong_sources(tmp_path: Path) -> None:
     for sources, error, said in cases:
         with pytest.raises(error, match=said):
             build(config_of(tmp_path, sources), train=5)
+    write_dataset(tmp_path / "web" / "1", unique_documents(30), vocab_size=VOCAB)
+    data_files(write_dataset(tmp_path / "web" / "2", unique_documents(30), vocab_size=VOCAB))[1].unlink()
+    with pytest.raises(DataError, match=r"web/2\.idx: no such file"):
+        build(config_of(tmp_path, [{"name": "a", "subset": "web"}]), train=5)
     config = config_of(tmp_path, [{"name": "a", "subset": "a"}])
     small = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 100})})
     with pytest.raises(DataError, match="model's vocabulary only 100"):

@@ -85,6 +85,9 @@ def test_only_what_is_new_is_fetched(tmp_path: Path, store: Any, monkeypatch: py
     Path(local + ".idx").unlink()
     fetch_datasets("memory://bucket/web", tmp_path)
     assert Path(local + ".idx").read_bytes() == (tmp_path / "one.idx").read_bytes()
+    store.rm("/bucket/web/two.idx")
+    with pytest.raises(DataError, match=r"web/two\.idx: no such file"):
+        fetch_datasets("memory://bucket/web", tmp_path)
 
 
 def test_an_interrupted_fetch_leaves_nothing_that_passes_for_whole(

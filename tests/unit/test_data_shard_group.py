@@ -140,6 +140,9 @@ def test_datasets_without_tokens_are_left_out(
     assert "empty holds no tokens" in caplog.text
     with pytest.raises(DataError, match="no tokens in any of the 1 datasets"):
         ShardGroup.open([empty], tmp_path)
+    data_files(prefixes[0])[0].write_bytes(b"")
+    with pytest.raises(DataError, match=r"\.bin: 0 bytes, but its index lists"):
+        ShardGroup.open(prefixes, tmp_path)
 
 
 @pytest.mark.parametrize("split", ["98,1,1", "100,0,0", "1", "90,10", "969.5,30.3,0.2", "0,50,50", "1,1,1"])
