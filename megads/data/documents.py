@@ -98,9 +98,8 @@ def open_input(path: str | os.PathLike[str]) -> InputFile:
 
 def _damaged(path: str, line: int, error: Exception) -> DamagedInputError:
     what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return DamagedInputError(
-        f"{path}, line {line}: the file cannot be read any further: {what}. Fetch or make it again."
-    )
+    mend = "Make it readable" if isinstance(error, PermissionError) else "Fetch or make it again"
+    return DamagedInputError(f"{path}, line {line}: the file cannot be read any further: {what}. {mend}.")
 
 
 Lines = tuple[int, bytes, tuple[Defect, ...]]

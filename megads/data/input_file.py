@@ -23,7 +23,11 @@ PLAIN_ENDINGS = (".json", ".jsonl", ".ndjson")
 ENDINGS = GZIP_ENDINGS + ZSTD_ENDINGS + PLAIN_ENDINGS
 
 GZIP_MAGIC = b"\x1f\x8b"
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_MAGICS = (
+    b"\x28\xb5\x2f\xfd",
+    *(bytes([byte]) + b"\x2a\x4d\x18" for byte in range(0x50, 0x60)),  # a skippable frame: pzstd begins so
+)
+UNREAD_MAGICS = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
 
 READ_BYTES = 1 << 18
 # Four bytes of zstd can stand for a block of 128 KiB: this much can become 16 MiB at most.
@@ -97,9 +101,9 @@ def decompressed(source: InputFile, chunk_bytes: int) -> Iterator[bytes]:
     """The content of a file in non-empty pieces of about `chunk_bytes`; raises READ_ERRORS."""
     file = io.BufferedReader(source, READ_BYTES)
     try:
-        magic = file.peek(4)[:4]  # a pipe cannot be wound back
-        _check_ending(source.path, magic)
-        if magic == ZSTD_MAGIC:
+        magic = file.peek(5)[:5]  # a pipe cannot be wound back
+        _check_format(source.path, magic)
+        if magic.startswith(ZSTD_MAGICS):
             yield from _merged(_zstd_frames(file), chunk_bytes)
             return
         # gzip raises EOFError at a truncated member and BadGzipFile, an OSError, at a wrong checksum.
@@ -122,14 +126,18 @@ def _open_url(url: str) -> Any:
         raise OSError(str(error)) from error
 
 
-def _check_ending(path: str, magic: bytes) -> None:
+def _check_format(path: str, magic: bytes) -> None:
+    """Raise EOFError for what is not the compression of its name, or one that is not read."""
     for name, endings, is_right in (
         ("gzip", GZIP_ENDINGS, magic.startswith(GZIP_MAGIC)),
-        ("zstd", ZSTD_ENDINGS, magic == ZSTD_MAGIC),
+        ("zstd", ZSTD_ENDINGS, magic.startswith(ZSTD_MAGICS)),
     ):
         if path.endswith(endings) and not is_right:
             contradicted = f"the name ends as {name}'s do, but the content is not {name}"
             raise EOFError(contradicted if magic else "it is empty")
+    for unread, name in UNREAD_MAGICS.items():
+        if magic.startswith(unread):
+            raise EOFError(f"it is {name}, and what is read is JSON lines, plain or as gzip or zstd")
 
 
 def _zstd_frames(file: "io.BufferedReader[InputFile]") -> Iterator[bytes]:

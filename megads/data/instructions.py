@@ -61,7 +61,8 @@ def messages_of(content: dict[str, Any], form: str) -> list[dict[str, Any]]:
     """The messages of a record in one of `chat_format.FORMS`, checked. Raises ConversationError."""
     messages = content.get("messages") if form == "messages" else _two_messages(content, form)
     if not isinstance(messages, list) or not messages:
-        raise ConversationError("no_messages", f"field 'messages' {_found(messages)}; a list is expected.")
+        what = "is empty" if messages == [] else _found(messages)
+        raise ConversationError("no_messages", f"field 'messages' {what}; a list of messages is expected.")
     for number, message in enumerate(messages, 1):
         _check_message(number, message)
     if not any(message["role"] == "assistant" for message in messages):

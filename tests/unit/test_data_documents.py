@@ -1,8 +1,12 @@
 """Reading Dolma-format files: every format, and every way in which input can be bad."""
 
+import bz2
 import gzip
 import json
+import lzma
+import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,9 @@ TEXTS = ["first", "second\nwith a line break", "drei: äöü ▁ 🎉", ""]
 LINES = b"".join(
     json.dumps({"id": str(i), "text": t, "source": "x"}).encode() + b"\n" for i, t in enumerate(TEXTS)
 )
+
+
+SKIPPABLE_FRAME = struct.pack("<II5s", 0x184D2A50, 5, b"sizes")  # pzstd writes one before each frame
 
 
 def two_zstd_frames(data: bytes) -> bytes:
@@ -46,6 +53,7 @@ def two_gzip_members(data: bytes) -> bytes:
         ("a.gz", two_gzip_members(LINES)),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES)),
         ("a.zst", two_zstd_frames(LINES)),
+        ("a.jsonl.zst", SKIPPABLE_FRAME + SKIPPABLE_FRAME.join([two_zstd_frames(LINES), b""])),
         ("a.unknown", gzip.compress(LINES)),
     ],
 )
@@ -153,6 +161,13 @@ def test_damaged_compression_is_an_error(tmp_path: Path, ending: str, damage: st
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.(gz|zst), line \d+: "):
         list(read_texts([path]))
+
+
+@pytest.mark.parametrize(("name", "pack"), [("bzip2", bz2.compress), ("xz", lzma.compress)])
+def test_other_formats_are_named(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "a.jsonl").write_bytes(pack(LINES))
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 1: .*it is {name}, and what is read is JSON lines"):
+        list(read_line_batches(tmp_path / "a.jsonl"))
 
 
 def test_every_truncation_of_a_zstd_file_is_an_error(tmp_path: Path) -> None:
