@@ -6,7 +6,7 @@ that everything divides.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megads.config.balance import balanced_layout
@@ -50,6 +50,13 @@ class Resolved:
     train_steps: int
     checkpoint_dir: str
     tensorboard_dir: str
+
+    def going_on(self, step: int, tokens: int) -> "Resolved":
+        """The same for a run that goes on after `step` with `tokens` consumed.
+
+        It ends at the same number of tokens: at another step, where batches had another size before.
+        """
+        return replace(self, train_steps=step + self.batch.steps_for(self.total_tokens, tokens))
 
 
 def resolve(config: Config, world_size: int, cuda: bool) -> Resolved:

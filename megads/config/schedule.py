@@ -85,15 +85,18 @@ class BatchSchedule:
         while True:
             size = self.tokens_per_step(tokens)
             stages.append(BatchStage(step, tokens, size))
-            batch = size // self.seq_length
-            if batch == self.final:
+            if (grows_at := self._grows_at(tokens)) is None:
                 return tuple(stages)
-            assert self.start is not None
-            # The least number of tokens at which the formula of the class gives a larger batch.
-            boundary = _ceil_divide(batch // self.start * self.ramp_tokens, self._increments)
-            steps = _ceil_divide(boundary - tokens, size)
+            steps = _ceil_divide(grows_at - tokens, size)
             step += steps
             tokens += steps * size
+
+    def _grows_at(self, tokens: int) -> int | None:
+        """The least number of tokens at which the batch is larger than at `tokens`; None: never."""
+        batch = self.batch_size(tokens)
+        if self.start is None or batch == self.final:
+            return None
+        return _ceil_divide(batch // self.start * self.ramp_tokens, self._increments)
 
     def tokens_after(self, steps: int) -> int:
         """Tokens consumed by the first `steps` steps."""
@@ -103,13 +106,28 @@ class BatchSchedule:
         stage = self.stages[index]
         return stage.first_tokens + (steps - stage.first_step) * stage.tokens_per_step
 
-    def steps_for(self, total_tokens: int) -> int:
-        """The smallest number of steps that consumes at least `total_tokens`."""
-        if total_tokens <= 0:
-            return 0
-        index = bisect_left(self.stages, total_tokens, key=lambda stage: stage.first_tokens) - 1
-        stage = self.stages[index]
-        return stage.first_step + _ceil_divide(total_tokens - stage.first_tokens, stage.tokens_per_step)
+    def steps_for(self, total_tokens: int, consumed_tokens: int = 0) -> int:
+        """The smallest number of steps from `consumed_tokens` on that reaches at least `total_tokens`.
+
+        `consumed_tokens` may be any number: a run that goes on may have had batches of other sizes before.
+        """
+        return self._walk(consumed_tokens, total_tokens)[0]
+
+    def tokens_at_end(self, total_tokens: int, consumed_tokens: int) -> int:
+        """Tokens consumed when those steps are done; the last one may pass `total_tokens`."""
+        return self._walk(consumed_tokens, total_tokens)[1]
+
+    def _walk(self, tokens: int, total_tokens: int) -> tuple[int, int]:
+        """(steps, tokens consumed then) of the way from `tokens` to at least `total_tokens`."""
+        steps = 0
+        while tokens < total_tokens:
+            size = self.tokens_per_step(tokens)
+            grows_at = self._grows_at(tokens)
+            end = total_tokens if grows_at is None else min(grows_at, total_tokens)
+            more = _ceil_divide(end - tokens, size)
+            steps += more
+            tokens += more * size
+        return steps, tokens
 
 
 @dataclass(frozen=True)

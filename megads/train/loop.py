@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megads.checkpoint import commit
+from megads.checkpoint.manifest import read_manifest
 from megads.checkpoint.mirror import build_mirror
 from megads.checkpoint.store import CheckpointStore
 from megads.config.flops import training_flops_per_token
@@ -77,19 +78,31 @@ class _Progress:
     saved_step: int = -1
 
 
+def _progress(found: commit.CheckpointInfo | None) -> _Progress:
+    """What is done already of a run that goes on from a checkpoint."""
+    if found is None:
+        return _Progress()
+    loss = read_manifest(found.path).metrics.get(commit.BEST_METRIC)
+    validated_step = -1 if loss is None else found.step
+    return _Progress(validation_loss=loss, validated_step=validated_step, saved_step=found.step)
+
+
 class Run:
     """One process's part of a run, ready to train: data, model, state restored."""
 
     def __init__(self, config: Config, resolved: Resolved, store: CheckpointStore) -> None:
         self.config, self.resolved, self.store = config, resolved, store
         self.leads = dist.get_rank() == 0
+        self._training_samples = 0
         began = time.monotonic()
         # Data first: it fails fast, before a model is allocated.
-        self.build_datasets(skipped_samples=0)
+        self.build_datasets(sample_counts(config, resolved).train)
         if self.leads:
             logger.info("%s", self.datasets.table)
         found = find_checkpoint(config, store, self.datasets)
         saved = commit.read_record(found.path)["state"] if found else None
+        if saved is not None:
+            self.resolved = resolved = self._going_on(saved["step"], saved["tokens"])
         self.budget = BudgetWatch(config, resolved.world_size, began, saved)
         if found is None or found.step < resolved.train_steps:
             self.budget.refuse_if_spent()
@@ -105,8 +118,7 @@ class Run:
             self.state = initialize(config, store, origin, self.step, self.average)
         else:
             self.state = restore(resolved, store, found, self.step, self.datasets, self.average)
-        if self.state.skipped_samples:
-            self.build_datasets(self.state.skipped_samples)
+        self.build_datasets(self._samples_needed())
         self.watch = SpikeWatch(config.training.stability, self.state.recent_losses)
         self.verdict: Verdict | None = None
         self.loader: Iterator[dict[str, Tensor]] | None = None
@@ -115,7 +127,7 @@ class Run:
             lambda seq_length: training_flops_per_token(config, seq_length=seq_length)
         )
         self.validation = Validation(config, self.datasets, self.step)
-        self.progress = _Progress(saved_step=self.state.step if found else -1)
+        self.progress = _progress(found)
         self.reporter = Reporter(config, resolved, self.step, self.state)
 
     def go_back_to(self, state: TrainState) -> None:
@@ -124,17 +136,43 @@ class Run:
         self.watch = SpikeWatch(self.config.training.stability, state.recent_losses)
         validated_step = -1 if state.best_validation_step is None else state.best_validation_step
         self.progress = _Progress(validation_loss=state.best_validation_loss, validated_step=validated_step)
-        self.build_datasets(state.skipped_samples)
+        self.resolved = self.resolved.going_on(state.step, state.tokens)
+        self.build_datasets(self._samples_needed())
         self.open_loader()
         self.save()
         self.store.wait()
         self.reporter.go_back(state)
 
-    def build_datasets(self, skipped_samples: int) -> None:
-        """The data of the run, and as much more as rollbacks have left out of it."""
-        counts = sample_counts(self.config, self.resolved)
-        counts = replace(counts, train=counts.train + skipped_samples)
+    def build_datasets(self, training_samples: int) -> None:
+        """The data of the run, where they are not built for so many samples already."""
+        if training_samples == self._training_samples:
+            return
+        self._training_samples = training_samples
+        counts = replace(sample_counts(self.config, self.resolved), train=training_samples)
         self.datasets = build_datasets(self.config, self.resolved, counts)
+
+    def _samples_needed(self) -> int:
+        """From the first to the last; rollbacks have left some out, batches may have had another size."""
+        resolved, state = self.resolved, self.state
+        tokens = resolved.batch.tokens_at_end(resolved.total_tokens, state.tokens)
+        return state.samples + (tokens - state.tokens) // self.config.training.seq_length
+
+    def _going_on(self, step: int, tokens: int) -> Resolved:
+        """The run as it goes on from a checkpoint. Told where that ends it at another step than planned."""
+        planned, resolved = self.resolved.train_steps, self.resolved.going_on(step, tokens)
+        if self.leads and resolved.train_steps == step > planned:
+            logger.warning(
+                "the checkpoint, %s tokens, is beyond the end of this run, %s tokens: nothing is left to do. "
+                "To train on, make the run longer (training.train_steps or total_training_tokens)",
+                f"{tokens:,}", f"{resolved.total_tokens:,}",
+            )  # fmt: skip
+        elif self.leads and resolved.train_steps != planned:
+            logger.warning(
+                "the steps before the checkpoint had other batch sizes than now: the run's %s tokens end "
+                "with step %d, not with step %d",
+                f"{resolved.total_tokens:,}", resolved.train_steps, planned,
+            )  # fmt: skip
+        return resolved
 
     def to_the_end(self) -> bool:
         """All remaining steps; then the last checkpoint, the last evaluation and the loss curve.
@@ -143,9 +181,6 @@ class Run:
         a stop request, also one that came while the last step was being saved: what follows, like a further
         stage, is to wait.
         """
-        last_step = self.resolved.train_steps
-        if self.config.training.exit_step is not None:
-            last_step = min(last_step, self.config.training.exit_step)
         self.stop = StopRequest(self.config.checkpointing.preemption)
         profiler = StepProfiler(
             self.config.logging.profile,
@@ -156,14 +191,14 @@ class Run:
         self.open_loader()
         limit = None
         try:
-            while self.state.step < last_step:
+            while self.state.step < self._last_step():
                 profiler.before_step(self.state.step + 1)
                 self._one_step()
                 profiler.after_step(self.state.step)
                 if self.verdict is not None and self.verdict.action == "rollback":
                     roll_back(self, self.verdict)
                 else:
-                    self._after_step(last_step)
+                    self._after_step()
                 signal_name, share = self.stop.agreed(self.budget.share(self.state))
                 if signal_name:
                     logger.info(
@@ -277,13 +312,18 @@ class Run:
                 'data read since then; training.stability.spike_policy = "rollback" does both'
             )
 
-    def _after_step(self, last_step: int) -> None:
+    def _last_step(self) -> int:
+        """Of this job."""
+        exit_step = self.config.training.exit_step
+        return min(self.resolved.train_steps, exit_step or self.resolved.train_steps)
+
+    def _after_step(self) -> None:
         """Evaluation and checkpoints that are due, but for those of the last step."""
         step, training = self.state.step, self.config.training
         phases = self.step.phases
         with phases.phase("checkpoint"):
             self.store.poll()
-        if step == last_step:
+        if step == self._last_step():
             return
         with self.reporter.not_training():
             if training.eval_interval and step % training.eval_interval == 0:
@@ -327,7 +367,7 @@ class Run:
         self.step.gather_parameters()
         metrics = {}
         if self.progress.validated_step == self.state.step and self.progress.validation_loss is not None:
-            metrics["validation_loss"] = self.progress.validation_loss
+            metrics[commit.BEST_METRIC] = self.progress.validation_loss
         self.state.recent_losses = self.watch.recent.as_tuple()
         record = checkpoint_record(self.config, self.resolved, self.state, self.datasets)
         state = sharded_state(

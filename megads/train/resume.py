@@ -67,7 +67,20 @@ def _find(
         record = commit.read_record(found.path)
         allowed = config.checkpointing.allow_changed
         check_compatible(record, config, datasets.tokenizer_sha256, allowed, new_run=new_run)
+        if not new_run:
+            _check_sequences(found, record, config)
     return found
+
+
+def _check_sequences(found: commit.CheckpointInfo, record: dict[str, Any], config: Config) -> None:
+    """Raises CheckpointError where the position in the data, a number of sequences, would mean another one."""
+    then, now = record["config"]["training"]["seq_length"], config.training.seq_length
+    if then != now:
+        raise CheckpointError(
+            f"{found.path}: its run has read sequences of {then} tokens (training.seq_length), and this one's "
+            f"have {now}: its place in the data would be lost. Set it to {then} (training.seq_length_phases "
+            "cuts sequences shorter), or start a new run with the weights (checkpointing.init_from)"
+        )
 
 
 def initialize(

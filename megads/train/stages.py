@@ -11,7 +11,7 @@ from functools import partial
 
 from megads.checkpoint import commit
 from megads.config import show
-from megads.config.resolve import Resolved, checkpoint_directory, resolve, run_length
+from megads.config.resolve import Resolved, batch_schedule, checkpoint_directory, resolve, run_length
 from megads.config.schema import Config
 from megads.config.stages import Stage
 from megads.config.validate import notes
@@ -91,14 +91,14 @@ def _where_to_start(stages: Sequence[Stage], number: int) -> tuple[str, str | No
     """
     stage, own = stages[number], _newest(stages[number])
     if stage.config.checkpointing.load is not None:
-        if own is not None and own.step >= _last_step(stage):
+        if own is not None and own.step >= _last_step(stage, own):
             return f"finished at step {own.step}", None
         begun = next((later for later in stages[number + 1 :] if _newest(later) is not None), None)
         if begun is not None and own is None:
             return f"its checkpoints are gone and stage {begun.name} has begun", None
         if begun is not None and own is not None:
             raise CheckpointError(
-                f"stage {stage.name} is at step {own.step} of {_last_step(stage)}, but stage {begun.name} "
+                f"stage {stage.name} is at step {own.step} of {_last_step(stage, own)}, but stage {begun.name} "
                 f"after it has checkpoints in {checkpoint_directory(begun.config)}: move them away to "
                 f"run it again on the longer stage {stage.name}, or give that its old length"
             )
@@ -107,7 +107,8 @@ def _where_to_start(stages: Sequence[Stage], number: int) -> tuple[str, str | No
     if number == 0:
         return "", None
     before = stages[number - 1]
-    origin, last_step = _newest(before), _last_step(before)
+    origin = _newest(before)
+    last_step = _last_step(before, origin)
     if origin is None or origin.step < last_step:
         found = (
             "there is no checkpoint" if origin is None else f"its newest checkpoint is of step {origin.step}"
@@ -122,7 +123,7 @@ def _where_to_start(stages: Sequence[Stage], number: int) -> tuple[str, str | No
 def _check_data(stage: Stage, resolved: Resolved) -> None:
     """Raises DataError or ConfigError where a stage that is not finished cannot have the data it asks for."""
     own = _newest(stage)
-    if own is not None and own.step >= _last_step(stage):
+    if own is not None and own.step >= _last_step(stage, own):
         return
     try:
         plan_corpus(stage.config, sample_counts(stage.config, resolved))
@@ -135,5 +136,10 @@ def _newest(stage: Stage) -> commit.CheckpointInfo | None:
     return commit.newest_good(checkpoint_directory(stage.config), hasher=None, move_bad=False)
 
 
-def _last_step(stage: Stage) -> int:
-    return run_length(stage.config)[1]
+def _last_step(stage: Stage, newest: commit.CheckpointInfo | None) -> int:
+    """Of a stage that goes on from its newest checkpoint, whatever batches it had before."""
+    total_tokens, train_steps = run_length(stage.config)
+    if newest is None:
+        return train_steps
+    consumed_tokens = commit.read_record(newest.path)["tokens"]
+    return newest.step + batch_schedule(stage.config.training).steps_for(total_tokens, consumed_tokens)

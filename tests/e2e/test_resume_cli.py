@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from megads.errors import RunStopped
+from megads.errors import CheckpointError, RunStopped
 from megads.train.phases import PHASES
 from tests.e2e.commands import (
     ENVIRONMENT,
     LONGEST_SECONDS,
     ROOT,
+    pretrain,
     pretrain_command,
     pretrain_well,
     records,
@@ -67,6 +68,31 @@ def test_stop_and_resume_is_the_same_run(config: Path, tmp_path: Path) -> None:
     for name in ("lm_loss", "mtp_loss", "aux_loss", "grad_norm", "param_norm"):
         found = [record[name] for record in mine]
         assert found == pytest.approx([record[name] for record in expected], rel=1e-4), name
+
+
+def test_another_batch_size_ends_at_the_same_tokens(config: Path, tmp_path: Path) -> None:
+    """Sizes may change on resume; the schedules, and so the end of a run, go by tokens."""
+    output, tokens = tmp_path / "run", 8 * 4 * 32
+    flags = ("--config", config, "--training.total_training_tokens", tokens)
+    pretrain_well(*flags, "--training.exit_step", 4)
+    larger = pretrain_well(*flags, "--global-batch-size", 8, "--training.exit_step", 5)
+    assert "end with step 6, not with step 4" in larger.stdout
+    assert "step 5 of 6, stopped" in larger.stdout
+    smaller = pretrain_well(*flags, "--global-batch-size", 2)
+    assert "end with step 9, not with step 16" in smaller.stdout
+    assert "step 9 of 9, finished" in smaller.stdout
+    consumed = [(record["step"], record["tokens"], record["samples"]) for record in records(output, "train")]
+    assert consumed == [
+        (step, samples * 32, samples) for step, samples in enumerate((4, 8, 12, 16, 24, 26, 28, 30, 32), 1)
+    ]
+    assert records(output, "train")[-1]["learning_rate"] == pytest.approx(2e-4)
+
+    shorter = pretrain_well("--config", config, "--train-iters", 2)
+    assert "beyond the end of this run, 256 tokens" in shorter.stdout
+    assert steps(output) == list(range(1, 10))
+    refused = pretrain("--config", config, "--seq-length", 16)
+    assert refused.returncode == CheckpointError.exit_code
+    assert "sequences of 32 tokens (training.seq_length), and this one's have 16" in refused.stderr
 
 
 def test_sigterm_saves_and_a_rerun_finishes(config: Path, tmp_path: Path) -> None:

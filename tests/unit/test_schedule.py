@@ -71,6 +71,19 @@ def test_closed_form_is_counting(final: int, start: int, ramp_tokens: int):
     assert all(later >= earlier and later % start == 0 for earlier, later in pairwise(sizes))
 
 
+@pytest.mark.parametrize(("final", "start", "ramp_tokens"), [(8, 2, 1000), (8, 1, 37), (4, None, 0)])
+def test_from_anywhere_is_counting(final: int, start: int | None, ramp_tokens: int):
+    """A run that goes on with other batch sizes begins at tokens that its own steps would never reach."""
+    batch = BatchSchedule(final, start, ramp_tokens, seq_length=16)
+    for consumed in range(0, 1500, 7):
+        steps, tokens = 0, consumed
+        while tokens < 1200:
+            tokens += batch.tokens_per_step(tokens)
+            steps += 1
+        assert batch.steps_for(1200, consumed) == steps
+        assert batch.tokens_at_end(1200, consumed) == tokens
+
+
 def test_long_run_is_not_counted_step_by_step():
     batch = BatchSchedule(final=4096, start=1, ramp_tokens=10**12, seq_length=4096)
     steps = batch.steps_for(10**18)
