@@ -14,6 +14,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from megads.errors import EnvironmentSetupError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -30,7 +32,8 @@ def setup_logging(
     """Send our log to `stream` (default: stdout) and everything, libraries too, to `log_file`.
 
     `rank` defaults to torchrun's RANK. `log_file` is appended to, so that a resumed run keeps its
-    history; give each rank its own. A second call replaces the first.
+    history; give each rank its own. A second call replaces the first. Raises EnvironmentSetupError where it
+    cannot be written.
     """
     global _console
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
@@ -100,8 +103,14 @@ def _console_handler(rank: int, stream: TextIO, libraries_have_a_file: bool) -> 
 
 
 def _file_handler(path: Path, rank: int) -> logging.Handler:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise EnvironmentSetupError(
+            f"the log {path} cannot be written: {error.strerror}. A run writes below its output_dir: give one "
+            "that is a directory of yours, with space"
+        ) from error
     handler.setFormatter(_formatter(rank))
     return handler
 

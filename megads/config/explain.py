@@ -148,7 +148,7 @@ def expected_value(leaf: Leaf) -> str:
             words.append("an object {...} of settings")
         elif origin in _KINDS:
             words.append(_KINDS[origin])
-    return " or ".join(words)
+    return " or ".join(dict.fromkeys(words))
 
 
 def _nearest_entry(leaf: Leaf | None, name: Any) -> str:

@@ -204,7 +204,8 @@ def test_everything_wrong_is_reported_at_once_with_its_origin(tmp_path: Path) ->
         "model.mla: must be an object": "config.json",
         "training.learning_rte: unknown setting; did you mean training.learning_rate": "config.json",
         "training.seq_length: must be a whole number, got 1.5": "config.json",
-        'training.lr_decay_style: must be "cosine" or': "config.json",
+        'training.lr_decay_style: must be "cosine" or "linear" or "constant" or "wsd" or "multistep" or '
+        '"phases", got "cosin"; did you mean "cosine"?': "config.json",
         'training.use_mtp: must be true or false, got "maybe"': "config.json",
         "data.sources[0].wieght: unknown setting; did you mean weight?": "config.json",
         "data.sources[1].name: is required": "config.json",

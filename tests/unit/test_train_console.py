@@ -9,11 +9,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from megads.errors import EnvironmentSetupError
 from megads.log import setup_logging, terminal_console
 from megads.train.console import ConsoleSink, format_count, format_seconds
 
@@ -290,3 +292,9 @@ def test_format_count(number: float, text: str):
 )  # fmt: skip
 def test_format_seconds(seconds: float, text: str):
     assert format_seconds(seconds) == text
+
+
+def test_a_log_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentSetupError, match=r"file/rank0.log cannot be written: .*output_dir"):
+        setup_logging(0, log_file=tmp_path / "file" / "rank0.log")
