@@ -108,8 +108,8 @@ def _file_handler(path: Path, rank: int) -> logging.Handler:
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise EnvironmentSetupError(
-            f"the log {path} cannot be written: {error.strerror}. A run writes below its output_dir: give one "
-            "that is a directory of yours, with space"
+            f"the log {path} cannot be written: {error.strerror}. A run writes below its output_dir: give "
+            "one that is a directory of yours, with space"
         ) from error
     handler.setFormatter(_formatter(rank))
     return handler

@@ -6,12 +6,13 @@ files, so a slow disk can neither block nor interleave with training's communica
 
 A save that fails (disk full, quota, a dead writer) is a warning: its files are removed, earlier
 checkpoints stay, training goes on, the next save tries again. After `max_failures` in a row
-TrainingError ends the run. `last_saved` says what is really on disk.
+TrainingError ends the run. `last_saved` says what is really on disk, `failure` why the newest save is not.
 """
 
 import json
 import logging
 import os
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from megads.checkpoint.mirror import CheckpointMirror
 from megads.checkpoint.pickles import check_pickles, refuse_unsafe_environment
 from megads.checkpoint.ranks import Ranks
 from megads.checkpoint.sharded import PlannedSave, load_sharded, plan_save
+from megads.config.disk import size_text
 from megads.errors import CheckpointError, RunStopped, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class CheckpointStore:
         self.last_saved: CheckpointInfo | None = None
         self._keep_last_n, self._keep_best = keep_last_n, keep_best
         self._async_save, self._max_failures = async_save, max_failures
+        self.failure: str | None = None
         self._failures = 0
         self._structure_checked = False
         self._verified: Path | None = None
@@ -216,16 +219,14 @@ class CheckpointStore:
         assert self._pending is not None
         pending, self._pending = self._pending, None
         error = pending.written.exception()
-        mine: _Outcome = (
-            (f"{type(error).__name__}: {error}", None) if error else (None, pending.written.result())
-        )
+        mine: _Outcome = (self._explain(error), None) if error else (None, pending.written.result())
         gathered = self._ranks.gather(mine)
         try:
             info = self._ranks.first(lambda: self._commit_or_discard(pending, gathered))
         except (CheckpointError, OSError) as failure:
             self._count_failure(pending.step, str(failure))
             return None
-        self._failures = 0
+        self._failures, self.failure = 0, None
         self.last_saved = info
         if self._ranks.rank == 0:
             if self._mirror is not None:
@@ -259,8 +260,14 @@ class CheckpointStore:
         manifest = build_manifest(pending.step, pending.save_id, files, pending.record, pending.metrics)
         return commit.commit(pending.planned.directory, manifest)
 
+    def _explain(self, error: BaseException) -> str:
+        """With the space that is left, before anything is removed: torch says nothing of a full disk."""
+        free = size_text(shutil.disk_usage(self.directory).free)
+        return f"{type(error).__name__}: {error} ({free} free)"
+
     def _count_failure(self, step: int, reason: str) -> None:
         self._failures += 1
+        self.failure = f"the checkpoint of step {step} was not saved: {reason}"
         if self._ranks.rank == 0:
             logger.warning(
                 "the checkpoint of step %d was not saved (failure %d of %d in a row): %s; "

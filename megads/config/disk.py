@@ -4,6 +4,11 @@ from megads.config.flops import count_parameters
 from megads.config.schema import Config
 
 
+def size_text(size_bytes: float) -> str:
+    """For people: in GiB, what is less than one in MiB."""
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+
+
 def checkpoint_bytes(config: Config, precision: str) -> int:
     """About what a checkpoint of a run in `precision` takes: weights, and with the optimizer its moments.
 

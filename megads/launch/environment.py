@@ -22,7 +22,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from megads.config.disk import checkpoint_bytes
+from megads.config.disk import checkpoint_bytes, size_text
 from megads.config.memory import heaviest_stage
 from megads.config.resolve import checkpoint_directory, planned_hardware, resolve
 from megads.config.schema import Config, Data, DataSource
@@ -171,7 +171,7 @@ def check_cuda(gpus: Gpus) -> Iterator[Check]:
 
 
 def _cuda_check(gpus: Gpus, built_for: str | None) -> Check:
-    found = f"{len(gpus.names)} x {gpus.names[0]}, {_gib(gpus.memory_bytes)} each, driver {gpus.driver}"
+    found = f"{len(gpus.names)} x {gpus.names[0]}, {size_text(gpus.memory_bytes)} each, driver {gpus.driver}"
     if built_for is None:
         return Check("CUDA", "error", f"{found}, but this torch is built without CUDA", INSTALL)
     if gpus.cuda and Version(gpus.cuda).major < Version(built_for).major:
@@ -231,7 +231,7 @@ def check_disk(config: Config) -> Check:
     _, cuda = planned_hardware(config)
     one = checkpoint_bytes(config, "bf16" if cuda else "fp32")
     kept = (config.checkpointing.keep_last_n or 1) + 1
-    found = f"{_gib(free)} free for {directory}; a checkpoint takes about {_gib(one)}"
+    found = f"{size_text(free)} free for {directory}; a checkpoint takes about {size_text(one)}"
     fix = "make room, or set checkpointing.save_dir to another place"
     if not os.access(existing, os.W_OK):
         return Check("disk", "error", f"{existing} is not writable", "set output_dir to another place")
@@ -246,17 +246,17 @@ def check_memory(config: Config, gpus: Gpus) -> Check:
     """Weights, gradients and optimizer against a GPU's memory, or of all processes against this host's."""
     processes, cuda = planned_hardware(config)
     memory = psutil.virtual_memory()
-    found = f"{_gib(memory.available)} of {_gib(memory.total)} free"
+    found = f"{size_text(memory.available)} of {size_text(memory.total)} free"
     if any(find_problems(config, processes, cuda)):
         return Check("memory", "ok", found)
     each = heaviest_stage(config, resolve(config, processes, cuda)).total_bytes
     fix = "spread it over more processes; tools/plan.py CONFIG --search finds layouts that fit"
     if cuda and gpus.names:
-        text = f"{found}; a GPU has {_gib(gpus.memory_bytes)}, weights to optimizer take {_gib(each)} of it"
+        text = f"{found}; a GPU has {size_text(gpus.memory_bytes)}, weights to optimizer {size_text(each)}"
         return Check("memory", "error" if each > gpus.memory_bytes else "ok", text, fix)
     if cuda:
         return Check("memory", "ok", f"{found}; for {processes:,} GPUs, which are not here")
-    text = f"{found}; weights, gradients and optimizer take {_gib(each * processes)}"
+    text = f"{found}; weights, gradients and optimizer take {size_text(each * processes)}"
     if each * processes > memory.available:
         return Check("memory", "error", text, fix)
     if memory.available < SMALLEST_MEMORY_BYTES:
@@ -352,7 +352,3 @@ def _output(command: list[str]) -> str:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         raise subprocess.SubprocessError(said[0] if said else f"exit code {done.returncode}")
     return done.stdout
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

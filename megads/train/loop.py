@@ -345,6 +345,11 @@ class Run:
         if self.progress.saved_step != self.state.step:
             self.save()
         self.store.wait()
+        if self.store.failure is not None:
+            raise TrainingError(
+                f"{self.store.failure}. Make room in or mend {self.store.directory}, then start again: the "
+                "run goes on from its newest checkpoint"
+            )
         last = self.store.last_saved
         self.reporter.end(self.state, completed, last.path if last else None)
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 import megads
-from megads.config.disk import checkpoint_bytes
+from megads.config.disk import checkpoint_bytes, size_text
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
@@ -217,8 +217,8 @@ def free_disk_findings(config: Config, resolved: Resolved) -> Iterator[Finding]:
     if free < one:
         yield Finding(
             "error",
-            f"{directory} on {host_name()} has {_gib(free)} free, and one checkpoint takes about "
-            f"{_gib(one)}: make room, or set checkpointing.save_dir to another place",
+            f"{directory} on {host_name()} has {size_text(free)} free, and one checkpoint takes about "
+            f"{size_text(one)}: make room, or set checkpointing.save_dir to another place",
         )
         return
     # One more than is kept is there while it is written.
@@ -227,14 +227,10 @@ def free_disk_findings(config: Config, resolved: Resolved) -> Iterator[Finding]:
     if free < to_come * one:
         yield Finding(
             "warning",
-            f"{directory} on {host_name()} has {_gib(free)} free, and {to_come} more checkpoints of about "
-            f"{_gib(one)} will be kept: lower checkpointing.keep_last_n = {checkpointing.keep_last_n}, or "
-            "make room",
+            f"{directory} on {host_name()} has {size_text(free)} free, and {to_come} more checkpoints of "
+            f"about {size_text(one)} will be kept: lower checkpointing.keep_last_n = "
+            f"{checkpointing.keep_last_n}, or make room",
         )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"
 
 
 # --- links between hosts -------------------------------------------------------------------------

@@ -73,13 +73,14 @@ def _find(
 
 
 def _check_sequences(found: commit.CheckpointInfo, record: dict[str, Any], config: Config) -> None:
-    """Raises CheckpointError where the position in the data, a number of sequences, would mean another one."""
+    """Raises CheckpointError where the place in the data, a number of sequences, would mean another one."""
     then, now = record["config"]["training"]["seq_length"], config.training.seq_length
     if then != now:
         raise CheckpointError(
-            f"{found.path}: its run has read sequences of {then} tokens (training.seq_length), and this one's "
-            f"have {now}: its place in the data would be lost. Set it to {then} (training.seq_length_phases "
-            "cuts sequences shorter), or start a new run with the weights (checkpointing.init_from)"
+            f"{found.path}: its run has read sequences of {then} tokens (training.seq_length), and this "
+            f"one's have {now}: its place in the data would be lost. Set it to {then} "
+            "(training.seq_length_phases cuts sequences shorter), or start a new run with the weights "
+            "(checkpointing.init_from)"
         )
 
 

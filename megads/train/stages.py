@@ -98,9 +98,9 @@ def _where_to_start(stages: Sequence[Stage], number: int) -> tuple[str, str | No
             return f"its checkpoints are gone and stage {begun.name} has begun", None
         if begun is not None and own is not None:
             raise CheckpointError(
-                f"stage {stage.name} is at step {own.step} of {_last_step(stage, own)}, but stage {begun.name} "
-                f"after it has checkpoints in {checkpoint_directory(begun.config)}: move them away to "
-                f"run it again on the longer stage {stage.name}, or give that its old length"
+                f"stage {stage.name} is at step {own.step} of {_last_step(stage, own)}, but stage "
+                f"{begun.name} after it has checkpoints in {checkpoint_directory(begun.config)}: move them "
+                f"away to run it again on the longer stage {stage.name}, or give that its old length"
             )
         if own is not None:
             return "", None

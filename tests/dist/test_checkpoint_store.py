@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import time
@@ -200,11 +201,13 @@ def survive_full_disk(directory: Path, async_save: bool) -> None:
             store.save(2 + number, state_dict(2), {}, {})
             store.wait()
             patch.undo()
+            assert f"step {2 + number} was not saved: " in store.failure
             assert store.last_saved.step == (1 if number == 0 else 100 + number - 1), where
             assert not list(directory.glob("*.tmp-*"))
             store.save(100 + number, state_dict(3), {}, {})  # there is room again
             store.wait()
             assert store.last_saved.step == 100 + number
+            assert store.failure is None
         state, _ = store.load("latest", state_dict(None))
         assert_state(state, 3)
 
@@ -244,6 +247,7 @@ def test_a_failed_writer_is_reported_while_training_goes_on(tmp_path: Path) -> N
     assert step < 2000
     assert "rank 0: OSError: [Errno 28] No space left on device" in text
     assert "training goes on" in text
+    assert re.search(r"\([\d.]+ [MG]iB free\)", text)
 
 
 def fill_the_disk(directory: Path) -> None:

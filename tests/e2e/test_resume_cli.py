@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megads.errors import CheckpointError, RunStopped
+from megads.errors import CheckpointError, RunStopped, TrainingError
 from megads.train.phases import PHASES
 from tests.e2e.commands import (
     ENVIRONMENT,
@@ -19,6 +19,7 @@ from tests.e2e.commands import (
     pretrain_command,
     pretrain_well,
     records,
+    run,
     steps,
 )
 
@@ -93,6 +94,18 @@ def test_another_batch_size_ends_at_the_same_tokens(config: Path, tmp_path: Path
     refused = pretrain("--config", config, "--seq-length", 16)
     assert refused.returncode == CheckpointError.exit_code
     assert "sequences of 32 tokens (training.seq_length), and this one's have 16" in refused.stderr
+
+
+def test_without_its_last_checkpoint_no_run_is_finished(config: Path, tmp_path: Path) -> None:
+    """A single failed save is no more than a warning, but for the last one."""
+    flags = ("--config", config, "--train-iters", 4)
+    pretrain_well(*flags, "--training.exit_step", 2)
+    # A limit on the size of files is to the writer what a full disk is.
+    done = run(["bash", "-c", 'ulimit -f 40; exec "$@"', "bash", *pretrain_command(*flags)])
+    assert done.returncode == TrainingError.exit_code, done.stdout
+    assert "TrainingError: the checkpoint of step 4 was not saved: rank 0: " in done.stderr
+    assert "finished" not in done.stdout
+    assert "resumed after step 2" in pretrain_well(*flags).stdout
 
 
 def test_sigterm_saves_and_a_rerun_finishes(config: Path, tmp_path: Path) -> None:
