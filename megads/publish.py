@@ -2,14 +2,21 @@
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
 from megads.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# What file systems without locks say: NFS without its lock service, Lustre mounted without "flock".
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -24,7 +31,9 @@ def published(path: Path) -> Iterator[BinaryIO]:
     partial = partial_path(path)
     try:
         file = open_locked(partial)
-    except BlockingIOError:
+    except OSError as error:
+        if not isinstance(error, BlockingIOError) and error.errno not in NO_LOCKS:
+            raise
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         file = open(partial, "x+b")  # noqa: SIM115
     with file:
@@ -53,22 +62,37 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def open_locked(path: Path) -> BinaryIO:
+def open_locked(path: Path, *, or_unlocked: bool = False) -> BinaryIO:
     """Open for writing, emptied, and locked until it is closed or the process ends, however that ends.
 
-    Raises BlockingIOError while another process has it open so, or where files cannot be locked.
+    Raises BlockingIOError while another process has it open so. Where files cannot be locked: another
+    OSError or, with `or_unlocked`, a warning and no lock.
     """
     file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not or_unlocked or error.errno not in NO_LOCKS:
+                raise
+            _warn_of_no_locks(path.parent, error.strerror)
         # The other process may have renamed this very file between our open and our lock.
         if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             raise FileNotFoundError
         file.truncate()
-    except OSError as error:
+    except FileNotFoundError as error:
         file.close()
         raise BlockingIOError(errno.EAGAIN, "written by another process", str(path)) from error
+    except OSError:
+        file.close()
+        raise
     return file
+
+
+@cache
+def _warn_of_no_locks(directory: Path, why: str) -> None:
+    """Once per directory."""
+    logger.warning("Files in %s cannot be locked (%s): let no other run write there.", directory, why)
 
 
 def flush_to_disk(path: Path) -> None:

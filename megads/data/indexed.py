@@ -102,7 +102,7 @@ class IndexedWriter:
             self._partial = tuple(partial_path(file) for file in data_files(prefix))
             self._lengths = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
             self._scores = tempfile.TemporaryFile(dir=self.prefix.parent)  # noqa: SIM115
-            self._bin = open_locked(self._partial[0])
+            self._bin = open_locked(self._partial[0], or_unlocked=True)
         except BlockingIOError as error:
             raise DataError(
                 f"{self.prefix}: another process is writing this dataset; wait for it to end."

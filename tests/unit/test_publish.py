@@ -1,5 +1,7 @@
 """Published files: whole or not there, also with two writers, a full disk, and what a killed one has left."""
 
+import errno
+import fcntl
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -58,3 +60,21 @@ def test_a_lock_is_held_until_the_file_is_closed(tmp_path: Path) -> None:
     with open_locked(tmp_path / "file"), pytest.raises(BlockingIOError):
         open_locked(tmp_path / "file")
     open_locked(tmp_path / "file").close()
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    publish_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert not caplog.messages
+    with pytest.raises(OSError, match="not implemented"):
+        open_locked(tmp_path / "other")
+    for _ in range(2):
+        open_locked(tmp_path / "other", or_unlocked=True).close()
+    (said,) = caplog.messages
+    assert said.endswith("cannot be locked (Function not implemented): let no other run write there.")

@@ -5,7 +5,6 @@ started again as it was and does only what is missing; one whose input changed s
 removals depend on settings and input alone, not on the number of workers or of interruptions.
 """
 
-import fcntl
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from megads.data.cleaning.parallel import Workers
 from megads.data.cleaning.scan import CleaningSettings, is_scanned, read_scan, scan_shard
 from megads.data.inputs import InputShard
 from megads.errors import DataError
+from megads.publish import open_locked
 
 SCAN_VERSION = 1
 """To be raised when the same settings come to find something else."""
@@ -183,8 +183,7 @@ def _only_one(work: Path) -> Iterator[None]:
     """Hold the work directory; the lock ends with the process, however that ends."""
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with open(work / "lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open_locked(work / "lock", or_unlocked=True):
             yield
     except BlockingIOError as error:
         raise DataError(f"{work}: another cleaning run works here; wait for it to end.") from error
