@@ -37,7 +37,7 @@ def build_model(config: Config, resolved: Resolved) -> list[torch.nn.Module]:
     fusions = choose_fusions(config, resolved)
     if resolved.device == "cuda":
         logger.info("fused kernels: %s", fusions.describe())
-    check_cuda_graphs(config, choice, fusions)
+    check_cuda_graphs(config, choice)
     backend = replace(backend_modules(choice.name), core_attention=core_attention, fusions=fusions)
     if (fp8 := plan_fp8(config, resolved)) is not None:
         logger.info("%s", fp8.describe())

@@ -27,26 +27,19 @@ from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError, TrainingError
 from megads.mcore.backend import Choice
-from megads.mcore.fusions import Fusions
 from megads.mcore.translate import WARM_UP_STEPS
 
 logger = logging.getLogger(__name__)
 
 
-def check_cuda_graphs(config: Config, choice: Choice, fusions: Fusions) -> None:
+def check_cuda_graphs(config: Config, choice: Choice) -> None:
     """Raises EnvironmentSetupError where this machine cannot capture what the configuration asks for."""
-    parts = config.training.cuda_graphs
-    if not parts:
+    if not config.training.cuda_graphs:
         return
     if choice.name != "transformer_engine":
         raise EnvironmentSetupError(
             "training.cuda_graphs: Transformer Engine captures them, and layers are native here "
             f"({choice.why}): set it to []"
-        )
-    if "moe_preprocess" in parts and not fusions.permutation:
-        raise EnvironmentSetupError(
-            "training.cuda_graphs: moe_preprocess needs Transformer Engine's permutation, which Triton "
-            "cannot compile here: leave it out, or install a C compiler"
         )
     expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     if expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0":

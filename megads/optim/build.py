@@ -6,7 +6,9 @@ NVIDIA's apex, then torch's; with BF16 moments ours (`adam.py`) in place of torc
 memory in place of any.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,11 +38,12 @@ def wrap_data_parallel(
     transformer.finalize_model_grads_func = finalize_model_grads
     if ddp.use_megatron_fsdp:
         return [FullyShardedChunk(transformer, ddp, chunk) for chunk in chunks]
-    wrapped = [
-        # Later virtual stages need no buckets: their reductions are not on the critical path.
-        DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    with _side_stream() if config.training.cuda_graphs else contextlib.nullcontext():
+        wrapped = [
+            # Later virtual stages need no buckets: their reductions are not on the critical path.
+            DistributedDataParallel(transformer, ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
     if resolved.device == "cpu":
         for chunk in chunks:
             _accumulate_in_buffers(chunk)
@@ -48,6 +51,22 @@ def wrap_data_parallel(
         no_sync = [chunk.no_sync for chunk in wrapped]
         transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     return wrapped
+
+
+@contextlib.contextmanager
+def _side_stream() -> Iterator[None]:
+    """What is done inside is not on the default stream, and done before what follows.
+
+    Data parallelism keeps the autograd nodes that gradients end in, and these stay on the stream that they
+    were made on: of a graph that is captured the default stream cannot be part.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+    # Torch would warn of it in every step without a graph.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
 
 def _accumulate_in_buffers(chunk: torch.nn.Module) -> None:

@@ -1,11 +1,14 @@
-"""Layers cut up for CUDA graphs lose nothing: on the CPU, with plain calls in place of captured graphs.
+"""Layers of which parts are CUDA graphs compute what whole layers do: on the CPU, by graphs that are tapes.
 
-What a graph takes, what it gives back, and what runs between graphs is Megatron-Core's and our layers' code,
-and runs here; only Transformer Engine's `make_graphed_callables` is replaced, by functions that compute anew
-what a replay would, from exactly the inputs that it would get. `tests/gpu/test_cuda_graphs.py` has real ones.
+Which parts are captured, what a graph takes and gives, and what runs between graphs is Megatron-Core's and
+our layers' code; `taped_graphs.py` captures and replays. `tests/gpu/test_cuda_graphs.py` has real graphs.
 """
 
+import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,60 +40,58 @@ GRAPHS = "training.cuda_graphs"
 # --- in a worker ------------------------------------------------------------------------------
 
 
-class StandIn:
-    """`make_graphed_callables` without CUDA; counts the layers and the forward passes of all its results."""
+def make_taped_callables(
+    layers: tuple[Any, ...], samples: list[tuple[Tensor]], **options: Any
+) -> tuple[Any, ...]:
+    """Transformer Engine's `make_graphed_callables`, for what Megatron-Core asks of it here."""
+    from tests.dist.taped_graphs import TapedCallable
 
-    def __init__(self) -> None:
-        self.layers = self.replays = self.released = 0
-
-    def __call__(
-        self, layers: tuple[Any, ...], samples: list[tuple[Tensor]], **options: Any
-    ) -> tuple[Any, ...]:
-        assert options["_order"] == [1, -1]
-        assert not options["fp8_enabled"]
-        self.layers += len(layers)
-        inputs = zip(layers, samples, options["sample_kwargs"], strict=True)
-        return tuple(self._graph(layer, hidden.float(), named) for layer, (hidden,), named in inputs)
-
-    def _graph(self, layer: Any, hidden: Tensor, named: dict[str, Tensor]) -> Any:
-        from megatron.core.transformer import cuda_graphs
-
-        outputs = [output for output in layer(hidden, **named) if output.requires_grad]  # as when warming up
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        layer.zero_grad(set_to_none=True)  # Transformer Engine puts back what was there: nothing
-
-        def replay(given: Tensor, **others: Any) -> tuple[Tensor, ...]:
-            assert given.shape == hidden.shape
-            assert all(others[name].shape == sample.shape for name, sample in named.items())
-            assert all(others[name].dtype == sample.dtype for name, sample in named.items())
-            self.replays += 1
-            cuda_graphs._set_capture_start()
-            try:
-                return layer._te_cuda_graph_capture(given, **{name: others[name] for name in named})
-            finally:
-                cuda_graphs._set_capture_end()
-
-        replay.reset = self._release  # type: ignore[attr-defined]
-        return replay
-
-    def _release(self) -> None:
-        self.released += 1
+    assert options["_order"] == [1, -1]
+    assert not options["fp8_enabled"]
+    inputs = zip(layers, samples, options["sample_kwargs"], strict=True)
+    return tuple(TapedCallable(layer, hidden, named) for layer, (hidden,), named in inputs)
 
 
-def install_stand_in() -> StandIn:
-    """For the rest of this process, whose configurations are not checked for graphs any more."""
+def make_taped_callables_by_transformer_engine(*args: Any, **options: Any) -> tuple[Any, ...]:
+    """Its own, which takes the graphs that torch has."""
+    from transformer_engine.pytorch import graph
+
+    from tests.dist.taped_graphs import TapedGraph, taped
+
+    graph.graph_safe_rng_available = lambda: False
+    with mock.patch("torch.cuda.CUDAGraph", TapedGraph), mock.patch("torch.cuda.graph", taped):
+        return graph.make_graphed_callables(*args, **options)  # type: ignore[no-any-return]
+
+
+def install_tapes(by_transformer_engine: bool) -> list[Any]:
+    """For the rest of this process; gives the list of the layers that will be captured."""
+    hopper = SimpleNamespace(name="H200", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30)
+    torch.cuda.get_device_capability = lambda *device: (hopper.major, hopper.minor)
+    torch.cuda.get_device_properties = lambda *device: hopper
     from megatron.core.transformer import cuda_graphs
 
     from megads.config import validate_cuda_graphs
     from megads.model import build
 
+    if by_transformer_engine:
+        for name in [name for name, module in sys.modules.items() if module is None]:
+            del sys.modules[name]  # a CPU run hides it
+        make = make_taped_callables_by_transformer_engine
+    else:
+        make = make_taped_callables
+    layers: list[Any] = []
+
+    def capture(found: tuple[Any, ...], samples: list[tuple[Tensor]], **options: Any) -> tuple[Any, ...]:
+        layers.extend(found)
+        exact = [(hidden.detach().float().requires_grad_(),) for (hidden,) in samples]
+        return make(found, exact, **options)
+
     validate_cuda_graphs.cuda_graph_problems = lambda config, cuda: iter(())
     build.check_cuda_graphs = lambda *args: None
-    stand_in = StandIn()
-    cuda_graphs.make_graphed_callables = stand_in
+    cuda_graphs.make_graphed_callables = capture
     cuda_graphs.HAVE_TE_GRAPHS = True
     cuda_graphs.is_te_min_version = lambda version: True
-    return stand_in
+    return layers
 
 
 def train(settings: dict[str, Any]) -> list[Any]:
@@ -103,18 +104,23 @@ def train(settings: dict[str, Any]) -> list[Any]:
     return found
 
 
-def run_cases(cases: list[str], layout: dict[str, Any]) -> dict[str, Any]:
+def run_cases(
+    cases: list[str], layout: dict[str, Any], by_transformer_engine: bool = False
+) -> dict[str, Any]:
     from megads.mcore.groups import initialize_device
+    from tests.dist.taped_graphs import TapedGraph
 
     initialize_device("cpu")
-    stand_in = install_stand_in()
+    layers = install_tapes(by_transformer_engine)
     models = {CASES[case][0] for case in cases}
     found: dict[str, Any] = {model: train(layout | MODELS[model]) for model in models}
     for case in cases:
         model, parts, _ = CASES[case]
-        stand_in.layers = stand_in.replays = stand_in.released = 0
+        layers.clear()
+        TapedGraph.replays = 0
         results = train(layout | MODELS[model] | {GRAPHS: parts})
-        found[f"{case} captured"] = results, stand_in.layers, stand_in.replays, stand_in.released
+        assert not any(layer.cuda_graphs for layer in layers)  # they were released
+        found[f"{case} captured"] = results, len(layers), TapedGraph.replays
     return found
 
 
@@ -137,15 +143,22 @@ def test_every_number_is_that_of_whole_layers(one_process: dict[str, Any], case:
 def test_layers_are_captured_once_and_replayed_in_training_only(
     one_process: dict[str, Any], case: str
 ) -> None:
-    """Two micro-batches per step."""
-    _, captured, replays, released = one_process[f"{case} captured"]
-    assert captured == released == CASES[case][2]
-    assert replays == captured * 2 * (STEPS - 2)
+    """Two micro-batches per step, two graphs per layer."""
+    _, captured, replays = one_process[f"{case} captured"]
+    assert captured == CASES[case][2]
+    assert replays == captured * 2 * 2 * (STEPS - 2)
 
 
-def test_over_ranks() -> None:
-    """Weights are gathered by hooks that replays call, and tokens go over two ranks."""
-    layout = tiny.LAYOUTS["ep2"].settings
+@pytest.mark.skipif(find_spec("transformer_engine") is None, reason="Transformer Engine is not installed")
+def test_transformer_engine_makes_the_same_of_them() -> None:
+    (found,) = run_distributed(1, run_cases, cases=["all"], layout={}, by_transformer_engine=True)
+    assert found["all captured"] == (found["shared"], 6, 6 * 2 * 2 * (STEPS - 2))
+
+
+@pytest.mark.parametrize("name", ["ep2", "tp2", "cp2"])
+def test_over_ranks(name: str) -> None:
+    """Weights are gathered by hooks that replays call, and graphs have the exchange between ranks."""
+    layout = tiny.LAYOUTS[name].settings
     for found in run_distributed(2, run_cases, cases=["all"], layout=layout):
         assert found["all captured"][0] == found["shared"]
         assert found["all captured"][2]

@@ -9,7 +9,6 @@ from megads.config.resolve import resolve
 from megads.config.validate_cuda_graphs import cuda_graph_problems
 from megads.errors import ConfigError, EnvironmentSetupError
 from megads.mcore.backend import Choice
-from megads.mcore.fusions import Fusions
 from megads.mcore.translate import transformer_config
 from megads.model.cuda_graphs import check_cuda_graphs
 from tests.dist import tiny
@@ -117,28 +116,22 @@ def test_nothing_is_captured_unless_asked_for() -> None:
 
 
 class TestMachine:
-    ENGINE, PERMUTATION = Choice("transformer_engine", "version 2.20"), Fusions(permutation=True)
+    ENGINE = Choice("transformer_engine", "version 2.20")
 
     def test_what_works(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-        check_cuda_graphs(load_config(None, tiny.BASE | ALL), self.ENGINE, self.PERMUTATION)
-        check_cuda_graphs(load_config(None, tiny.BASE | ROUTER), self.ENGINE, Fusions())
-        check_cuda_graphs(load_config(None, tiny.BASE), Choice("native", "on the CPU"), Fusions())
+        check_cuda_graphs(load_config(None, tiny.BASE | ALL), self.ENGINE)
+        check_cuda_graphs(load_config(None, tiny.BASE | ROUTER), self.ENGINE)
+        check_cuda_graphs(load_config(None, tiny.BASE), Choice("native", "on the CPU"))
 
     def test_native_layers(self) -> None:
         with pytest.raises(EnvironmentSetupError, match=r"native here \(not installed"):
-            check_cuda_graphs(
-                load_config(None, tiny.BASE | ALL), Choice("native", "not installed"), Fusions()
-            )
-
-    def test_no_permutation_kernel(self) -> None:
-        with pytest.raises(EnvironmentSetupError, match="moe_preprocess needs Transformer Engine's permut"):
-            check_cuda_graphs(load_config(None, tiny.BASE | ALL), self.ENGINE, Fusions())
+            check_cuda_graphs(load_config(None, tiny.BASE | ALL), Choice("native", "not installed"))
 
     def test_expandable_segments(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         config = load_config(None, tiny.BASE | ALL)
         with pytest.raises(EnvironmentSetupError, match="NCCL_GRAPH_REGISTER=0"):
-            check_cuda_graphs(config, self.ENGINE, self.PERMUTATION)
+            check_cuda_graphs(config, self.ENGINE)
         monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
-        check_cuda_graphs(config, self.ENGINE, self.PERMUTATION)
+        check_cuda_graphs(config, self.ENGINE)
