@@ -7,6 +7,8 @@ from megads.config.schema import Config
 from megads.config.shape import model_shape
 
 _ONE_SCALE_PER_TENSOR = ("tensorwise", "delayed")
+# Transformer Engine has no kernels for others, and says nothing where one would be launched.
+_USER_BUFFER_RANKS = (2, 4, 8, 16, 32)
 # Of Transformer Engine's scatters: a product in four parts, and 16 numbers at a time.
 _HIDDEN_MULTIPLE = 64
 
@@ -47,6 +49,11 @@ def _tensor_parallel(config: Config, device: str) -> Iterator[tuple[str, str]]:
         )
     if tp == 1:
         yield "has nothing to overlap with tensor_parallel_size = 1", off
+    elif tp not in _USER_BUFFER_RANKS:
+        yield (
+            f"adds up over {', '.join(map(str, _USER_BUFFER_RANKS))} ranks only",
+            f"change tensor_parallel_size ({tp}), or {off}",
+        )
     elif distributed.sequence_parallel is False:
         yield "overlaps what sequence parallelism exchanges", f"set sequence_parallel to null, or {off}"
     if distributed.slurm.enabled and slurm_processes_per_node(distributed.slurm) % tp:

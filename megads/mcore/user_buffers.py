@@ -39,6 +39,9 @@ def initialize_user_buffers(config: Config, resolved: Resolved) -> None:
         )
     import transformer_engine.pytorch as te
 
+    # A rank that waits for longer goes on with what the buffer had before: NCCL's timeout, which ends the
+    # job, must come first.
+    os.environ.setdefault("UB_TIMEOUT", str(round(2 * 60 * config.distributed.timeout_minutes)))
     tokens = config.training.micro_batch_size * config.training.seq_length // resolved.cp
     try:
         te.initialize_ub(

@@ -33,8 +33,11 @@ SAVED_STEP = 2
 # --- in a worker ------------------------------------------------------------------------------
 
 
-def build_with_transformer_engine(settings: dict[str, Any]) -> Any:
-    """The training step; in a process that has not imported Megatron-Core yet."""
+def build_with_transformer_engine(settings: dict[str, Any], **distributed: Any) -> Any:
+    """The training step; in a process that has not imported Megatron-Core yet.
+
+    `distributed` are settings past the checks, for which this is a run on the CPU.
+    """
     hopper = SimpleNamespace(name="H200", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30)
     torch.cuda.get_device_capability = lambda *device: (hopper.major, hopper.minor)
     torch.cuda.get_device_properties = lambda *device: hopper
@@ -47,9 +50,12 @@ def build_with_transformer_engine(settings: dict[str, Any]) -> Any:
     initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
     from megads.train.step import TrainingStep
 
-    model = config.model.model_copy(update={"backend": "transformer_engine"})
+    changes = {
+        "model": config.model.model_copy(update={"backend": "transformer_engine"}),
+        "distributed": config.distributed.model_copy(update=distributed),
+    }
     with mock.patch("torch.cuda.is_available", return_value=True):
-        return TrainingStep(config.model_copy(update={"model": model}), resolved)
+        return TrainingStep(config.model_copy(update=changes), resolved)
 
 
 def native_shards(settings: dict[str, Any], directory: Path) -> tuple[list[tiny.Shard], list[tiny.Shard]]:
@@ -157,17 +163,12 @@ def buffers_of_linears(settings: dict[str, Any], directory: Path) -> tuple[dict[
 
     from megads.model import build
 
-    def translated(*args: Any) -> Any:
-        config = transformer_config(*args)
-        config.tp_comm_overlap = True  # past the checks, which want CUDA
-        return config
-
-    transformer_config, ways = build.transformer_config, ("ag_fprop", "rs_fprop", "ag_dgrad", "rs_dgrad")
-    with (
-        mock.patch.object(build, "transformer_config", translated),
-        mock.patch.object(base, "_ub_initialized", True),
+    ways = ("ag_fprop", "rs_fprop", "ag_dgrad", "rs_dgrad")
+    # Transformer Engine's linears ask whether buffers are there when they are built.
+    with mock.patch.object(
+        build, "initialize_user_buffers", side_effect=lambda *args: setattr(base, "_ub_initialized", True)
     ):
-        step = build_with_transformer_engine(settings)
+        step = build_with_transformer_engine(settings, tp_comm_overlap=True)
     (model,) = (build.unwrap(chunk) for chunk in step.chunks)
     found = {
         name: [f"{module.ub_name} {way}" for way in ways if getattr(module, f"ub_overlap_{way}")]

@@ -91,6 +91,7 @@ def test_what_works(settings: dict[str, Any]) -> None:
             "adds up in BF16, and this run is in FP16",
         ),
         (IN_PIECES | FP8, 'cannot cut up tensors with a scale per block (recipe = "auto")'),
+        (IN_PIECES | {TP: 6}, "adds up over 2, 4, 8, 16, 32 ranks only"),
         (IN_PIECES | {TP: 1}, "has nothing to overlap with tensor_parallel_size = 1"),
         (
             IN_PIECES | {"distributed.sequence_parallel": False},

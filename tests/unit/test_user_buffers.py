@@ -3,6 +3,7 @@
 Skips itself without Transformer Engine.
 """
 
+import os
 from typing import Any
 from unittest import mock
 
@@ -13,6 +14,7 @@ from megads.config.loader import load_config
 from megads.config.resolve import resolve
 from megads.errors import EnvironmentSetupError
 from megads.mcore import user_buffers
+from megads.mcore.groups import destroy_process_groups
 from tests.dist import tiny
 
 te = pytest.importorskip("transformer_engine.pytorch")
@@ -31,6 +33,8 @@ TENSORWISE = {"training.use_fp8": True, "training.fp8.recipe": "tensorwise"}
 @pytest.fixture(autouse=True)
 def four_processes_per_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("UB_TIMEOUT", "")  # what is set from here on is undone at the end
+    monkeypatch.delenv("UB_TIMEOUT")
 
 
 @pytest.fixture
@@ -71,6 +75,16 @@ def test_the_hidden_states_of_a_micro_batch(
     assert call.kwargs["bootstrap_backend"] == "nccl"
 
 
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "1800"), ("60", "60")])
+def test_nobody_goes_on_without_the_others_before_the_job_is_ended(
+    chosen: str | None, expected: str, asked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if chosen is not None:
+        monkeypatch.setenv("UB_TIMEOUT", chosen)
+    initialize({"distributed.timeout_minutes": 15})
+    assert os.environ["UB_TIMEOUT"] == expected
+
+
 def test_they_are_freed_once(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     destroy = mock.create_autospec(te.destroy_ub)
     monkeypatch.setattr(te, "destroy_ub", destroy)
@@ -80,6 +94,14 @@ def test_they_are_freed_once(asked: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     user_buffers.destroy_user_buffers()
     user_buffers.destroy_user_buffers()
     assert destroy.call_count == 1
+
+
+def test_they_end_with_the_process_groups(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    destroy = mock.create_autospec(te.destroy_ub)
+    monkeypatch.setattr(te, "destroy_ub", destroy)
+    initialize({})
+    destroy_process_groups()
+    assert destroy.called
 
 
 def test_tensor_parallelism_over_hosts(asked: Any) -> None:
