@@ -128,13 +128,11 @@ def _shared_experts(config: Config) -> Iterator[tuple[str, str]]:
 
 def _delayed_weight_gradients(config: Config) -> Iterator[tuple[str, str]]:
     """What it needs besides `overlap_expert_parallel`, which has reasons of its own."""
+    off = "set it to false"
     if not config.distributed.overlap_expert_parallel:
-        yield (
-            "needs the combined schedule",
-            "set overlap_expert_parallel, which calls for them later, or false",
-        )
+        yield "needs the combined schedule, which calls for them", f"set overlap_expert_parallel, or {off}"
     if config.model.backend == "native":
         yield (
-            "needs Transformer Engine's linears, which alone can put them off",
-            'use backend "auto", or false',
+            "needs Transformer Engine, whose linears alone can put them off",
+            f'set model.backend to "auto", or {off}',
         )
