@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +28,14 @@ def local_path(text: str) -> Path:
             f"{text} is a URL; give a path on this machine, and copy it there after"
         )
     return Path(text)
+
+
+def positive_number(text: str) -> float:
+    """The type of an argument that is an amount: argparse refuses what is not above 0 and finite."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
 
 
 def run_tool(run: Callable[[], int | None], *, interrupted: str = "", cleans_up: bool = False) -> int:

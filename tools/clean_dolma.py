@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 
-from megads.command_line import local_path, run_tool
+from megads.command_line import local_path, positive_number, run_tool
 from megads.data.cleaning.decontaminate import EvaluationIndex
 from megads.data.cleaning.near import NearSettings, candidate_probability
 from megads.data.cleaning.quality import RULE_SETS
@@ -43,10 +43,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--text-field", default="text", help="field of the text (default: %(default)s)")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)"
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-line-mb", type=float, default=MAX_LINE_BYTES / 2**20, metavar="MB",
+        "--max-line-mb", type=positive_number, default=MAX_LINE_BYTES / 2**20, metavar="MB",
         help="longer lines hold no document; give preprocessing the same (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -239,6 +239,11 @@ def run(options: argparse.Namespace) -> None:
             f"{defects:,} lines hold no document and were passed over; preprocessing says what is wrong."
         )
     console.print("\n".join(said), highlight=False, soft_wrap=True)
+    if not any(source["documents"] for source in content["sources"].values()):
+        raise DataError(
+            f"No line of the {len(shards)} files holds a document with a text in its field "
+            f"{options.text_field!r} (--text-field)."
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:

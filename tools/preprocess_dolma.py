@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from megads.command_line import local_path, run_tool
+from megads.command_line import local_path, positive_number, run_tool
 from megads.data.chat_format import DEFAULT, FORMS, ChatFormat, load_chat_format
 from megads.data.inputs import (
     InputShard,
@@ -101,7 +101,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="put lines without a document, and damaged files, aside (PREFIX.quarantine.jsonl)")  # fmt: skip
     add("--quarantine-quota", type=float, metavar="SHARE",
         help=f"lines of a shard, and bytes of damaged files in all (default: {DEFAULT_QUOTA})")  # fmt: skip
-    add("--max-line-mb", type=float, default=16.0, metavar="MB",
+    add("--max-line-mb", type=positive_number, default=16.0, metavar="MB",
         help="longer lines hold no document; bounds memory (default: %(default)s)")  # fmt: skip
 
     add = parser.add_argument_group("work").add_argument
@@ -130,6 +130,8 @@ def _check_choices(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error("--input goes with --output, --input-root and --manifest with --output-root")
     if options.workers < 1:
         parser.error("--workers must be at least 1")
+    if options.fim_spm_rate and not options.fim_rate:
+        parser.error("--fim-spm-rate is the share of the documents that --fim-rate rearranges; give that too")
     if options.quarantine_quota is not None and not options.tolerant:
         parser.error("--quarantine-quota is for --tolerant")
     if options.chat_template is not None and options.conversations is None:

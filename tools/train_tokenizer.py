@@ -8,7 +8,7 @@ import argparse
 import sys
 import time
 
-from megads.command_line import local_path, run_tool
+from megads.command_line import local_path, positive_number, run_tool
 from megads.data.inputs import find_shards
 from megads.data.tokenizer import load_tokenizer
 from megads.data.tokenizer_training import sample_texts, train_sentencepiece
@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-mb",
-        type=float,
+        type=positive_number,
         default=64,
         help="megabytes of text to train on, spread over the files (default: %(default)s)",
     )
@@ -43,10 +43,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--text-field", default="text", help="field of the text (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is there")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.vocab_size < 1:
+        parser.error("--vocab-size must be at least 1")
+    if not 0 < options.character_coverage <= 1:
+        parser.error("--character-coverage is a share, above 0 and at most 1")
+    return options
 
 
 def train(options: argparse.Namespace) -> None:
+    if options.output.is_dir():
+        raise DataError(
+            f"{options.output}: a directory; name the file of the model, usually ending in .model."
+        )
     if options.output.exists() and not options.overwrite:
         raise DataError(f"{options.output}: exists already. Replace it with --overwrite or write elsewhere.")
     begun = time.monotonic()

@@ -134,6 +134,10 @@ def test_mistakes_are_one_line(corpus: Path, tmp_path: Path) -> None:
     assert "z.json.gz, line 1: " in err
     assert len(err.splitlines()) <= 2
     assert not contents(tmp_path / "out")
+    code, err = failure("--input", corpus / "code", "--removals", tmp_path / "p", "--text-field", "txt")
+    assert (code, "No line of the 1 files holds a document" in err) == (3, True)
+    code, err = failure("--input", corpus / "code", "--removals", tmp_path / "p", "--paragraphs", -5)
+    assert (code, "--paragraphs must be" in err) == (2, True)
     code, err = failure("--input", tmp_path / "none", "--removals", tmp_path / "out")
     assert (code, "no such file" in err) == (3, True)
     code, err = failure("--input", corpus, "--removals", tmp_path / "out", "--partitions", 3)

@@ -210,7 +210,15 @@ def test_one_dataset_and_what_can_go_wrong(corpus: Path, tokenizer: Path, tmp_pa
         assert expected in said
         assert len(said.splitlines()) <= 3
         assert not list(tmp_path.glob("bad/*")), "a partial result was left"
-    assert failure("preprocess_dolma", *common)[0] == 2
+    for arguments, expected in (
+        ((*common,), "give one of --input"),
+        (("--input", source, *common, "--fim-spm-rate", 0.5), "give that too"),
+        (("--input", source, *common, "--max-line-mb", "nan"), "not a number above 0"),
+        (("--input", source, *common[2:], "--output", "s3://bucket/d"), "s3://bucket/d is a URL"),
+    ):
+        code, said = failure("preprocess_dolma", *arguments)
+        assert code == 2
+        assert expected in said
     assert failure("preprocess_dolma", "--input", source, *common, "--quarantine-quota", 0.1)[0] == 2
 
 

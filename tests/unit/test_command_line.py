@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megads.command_line import INTERRUPTED, local_path, run_tool
+from megads.command_line import INTERRUPTED, local_path, positive_number, run_tool
 from megads.errors import CheckpointError, EnvironmentSetupError
 
 # Says when it is at work, and what it cleans up when it is ended.
@@ -74,3 +74,10 @@ def test_what_is_written_is_no_url() -> None:
     assert local_path("some/where") == Path("some/where")
     with pytest.raises(ArgumentTypeError, match="s3://bucket/out is a URL; give a path"):
         local_path("s3://bucket/out")
+
+
+def test_amounts_are_positive_and_finite() -> None:
+    assert positive_number("0.5") == 0.5
+    for wrong in ("0", "-1", "nan", "inf"):
+        with pytest.raises(ArgumentTypeError, match=f"{wrong} is not a number above 0"):
+            positive_number(wrong)
