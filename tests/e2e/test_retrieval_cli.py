@@ -48,7 +48,8 @@ def test_a_corpus_of_no_prose(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_measured(config: Path, woven: Path, tmp_path: Path) -> None:
     """Of two processes here, of one there; plain, then with YaRN at lengths beyond the trained ones."""
-    pretrain_well("--config", config, "--train-iters", 2, "--expert-model-parallel-size", 2, processes=2)
+    two = ("--expert-model-parallel-size", 2, "--moe-shared-expert-overlap")  # neither is for one process
+    pretrain_well("--config", config, "--train-iters", 2, *two, processes=2)
     checkpoints = tmp_path / "run" / "checkpoints"
     common = (
         "--checkpoint", checkpoints, "--text", woven / "haystack", "--samples", 4, "--depths", 3,
