@@ -53,11 +53,11 @@ def _device_and_precision(config: Config, cuda: bool) -> Iterator[tuple[str, str
 
 def _layout(config: Config) -> Iterator[tuple[str, str]]:
     distributed = config.distributed
-    if distributed.pipeline_parallel_size > 1:
+    if distributed.pipeline_parallel_size > 1 and config.training.batch_size_rampup_start is not None:
         yield (
-            "does not work with pipeline_parallel_size > 1, where every micro-batch in flight needs graphs "
-            "of its own, and batches may grow",
-            "set one of them off",
+            "has graphs for each micro-batch of a step where pipeline_parallel_size > 1, and "
+            "batch_size_rampup_start changes their number",
+            "begin with the whole batch, or set it to [] until it has been reached",
         )
     if distributed.zero_stage >= 2:
         reason = f"does not work with zero_stage = {distributed.zero_stage}, whose weights and gradients move"

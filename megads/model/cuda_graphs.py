@@ -1,8 +1,9 @@
 """CUDA graphs of parts of layers (`training.cuda_graphs`): many kernels, launched by one call.
 
 Capture and replay are Megatron-Core's and Transformer Engine's (`make_graphed_callables`): one graph of the
-forward pass and one of the backward pass for each layer, of whichever parts are asked for. The rest of a
-layer runs between them, above all its experts, whose shapes change with the routing. Evaluation has none.
+forward pass and one of the backward pass for each layer, of whichever parts are asked for; in a pipeline for
+each micro-batch of a step too. The rest of a layer runs between them, above all its experts, whose shapes
+change with the routing. Evaluation has none.
 """
 
 import contextlib
@@ -91,7 +92,7 @@ class GraphCapture:
             training.micro_batch_size,
             optimizers=[self._optimizer],
         )
-        # From here Megatron-Core takes how often layers have been warmed up.
+        # From here Megatron-Core takes the micro-batches of a step.
         reconfigure_num_microbatches_calculator(
             dist.get_rank(),
             global_batch_size=micro_batches * training.micro_batch_size * dp,

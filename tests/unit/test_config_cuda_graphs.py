@@ -42,6 +42,8 @@ def problems(settings: dict[str, Any]) -> list[str]:
         ROUTER | {"data.document_mask": True, "model.mla.attn_dropout": 0.1},
         ROUTER | {"model.moe.capacity_factor": 1.0, "model.moe.use_deep_ep": True},
         ALL | {"distributed.expert_parallel_size": 2, "distributed.tensor_parallel_size": 2},
+        ALL | {"distributed.pipeline_parallel_size": 2},
+        ALL | {"training.batch_size_rampup_start": 4},
     ],
 )
 def test_what_works(settings: dict[str, Any]) -> None:
@@ -56,7 +58,10 @@ def test_what_works(settings: dict[str, Any]) -> None:
         (ALL | {"training.use_fp8": True}, "does not work with use_fp8"),
         (ALL | {"training.use_bf16": False}, "works in BF16 only"),
         (ALL | {"training.use_bf16": False, "training.use_fp16": True}, "works in BF16 only"),
-        (ALL | {"distributed.pipeline_parallel_size": 2}, "pipeline_parallel_size > 1"),
+        (
+            ALL | {"distributed.pipeline_parallel_size": 2, "training.batch_size_rampup_start": 4},
+            "batch_size_rampup_start changes their number",
+        ),
         (ALL | {"distributed.zero_stage": 2}, "zero_stage = 2, whose weights and gradients move"),
         (
             ALL | {"distributed.overlap_expert_parallel": True, "distributed.expert_parallel_size": 2},
