@@ -214,7 +214,7 @@ def _data_files[File](directory: str, files: Iterable[File], name_of: Callable[[
 
 
 def _files_below(directory: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files at any depth, through links too; what begins with a dot is nobody's data."""
+    """The files at any depth, through links too; neither pipes nor what begins with a dot."""
     real = os.path.realpath(directory)
     if real in above:
         raise DataError(f"{directory}: this link leads back to {real}, where it lies in. Remove it.")
@@ -225,7 +225,7 @@ def _files_below(directory: Path, above: tuple[str, ...] = ()) -> Iterator[Path]
     for entry in entries:
         if entry.is_dir():
             yield from _files_below(directory / entry.name, (*above, real))
-        else:
+        elif entry.is_file() or not os.path.exists(entry.path):  # a broken link is told of when it is opened
             yield directory / entry.name
 
 
