@@ -4,8 +4,7 @@ All take the same micro-batches of tokens [B, S + 1] and do what training does: 
 backward, clipping, AdamW. They differ in this:
 
 - `megads`: `TrainingStep`, as `pretrain_megads.py` runs it, but for where first weights are drawn.
-- `megads-graphs`: the same with parts of its layers as CUDA graphs (`training.cuda_graphs`), which leaves no
-  recomputation in them: give all contenders --training.recompute_modules '["moe_act"]'.
+- `megads-graphs`: the same with parts of its layers as CUDA graphs (`training.cuda_graphs`).
 - `stock`: Megatron-Core's `GPTModel` with its own Transformer Engine spec (MLA, grouped products, all-to-all
   dispatcher) and the fusions that Megatron-LM offers for it: router, permutation, RoPE, SwiGLU,
   cross-entropy, weight gradients into FP32 buffers. Schedule, data parallelism, optimizer, precision and

@@ -11,14 +11,8 @@ from megads.config.scalars import scheduled_settings
 from megads.config.schema import Config
 from megads.config.shape import model_shape
 
-# What is recomputed of each part. Megatron-Core's recomputation saves and sets the states of random number
-# generators, which no captured part may.
-_RECOMPUTED = {
-    "attn": ("mla_up_proj", "layernorm"),
-    "mlp": ("mlp", "layernorm"),
-    "moe_router": ("shared_experts", "moe", "layernorm"),
-    "moe_preprocess": (),
-}
+# What Megatron-Core keeps nevertheless where it is inside a graph.
+_KEPT = {"attn": (), "mlp": ("mlp",), "moe_router": ("shared_experts", "moe"), "moe_preprocess": ()}
 _OF_ROUTER = ("router_aux_loss_weight", "router_temperature", "router_noise_std")
 
 
@@ -125,10 +119,17 @@ def _recomputation(config: Config) -> Iterator[tuple[str, str]]:
         )
     if training.gradient_checkpointing != "selective":
         return
-    inside = {name for part in training.cuda_graphs for name in _RECOMPUTED[part]}
+    inside = {name for part in training.cuda_graphs for name in _KEPT[part]}
     both = [name for name in training.recompute_modules if name in inside]
     if both:
         yield (
-            f"captures parts in which {' and '.join(both)} would be recomputed",
+            f"keeps {' and '.join(both)} in its graphs, which recompute_modules would recompute",
             "take that out of recompute_modules, or the part out of this",
+        )
+    alone = "moe_router" in training.cuda_graphs and "moe_preprocess" not in training.cuda_graphs
+    if alone and "layernorm" in training.recompute_modules:
+        yield (
+            "keeps the norm before the router, whose output leaves the graph of moe_router, and "
+            "recompute_modules has layernorm",
+            "add moe_preprocess, or take layernorm out",
         )

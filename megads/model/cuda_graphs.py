@@ -21,6 +21,7 @@ from megatron.core.num_microbatches_calculator import (
     reconfigure_num_microbatches_calculator,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.utils import get_model_config
 
@@ -108,7 +109,7 @@ class GraphCapture:
         for chunk in hooked:
             chunk.disable_forward_pre_hook()  # which would wait for weights inside the graphs
         try:
-            with _other_threads_unhindered():
+            with _other_threads_unhindered(), _no_random_states():
                 helper.create_cudagraphs()
         except RuntimeError as error:
             parts = ", ".join(training.cuda_graphs)
@@ -140,3 +141,18 @@ def _other_threads_unhindered() -> Iterator[None]:
         yield
     finally:
         torch.cuda.graph = graph  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _no_random_states() -> Iterator[None]:
+    """Have Megatron-Core recompute without the states of random number generators.
+
+    They cannot be read while graphs are captured, and no captured part draws random numbers: see
+    `config/validate_cuda_graphs.py`.
+    """
+    read, write = random._get_all_rng_states, random._set_all_rng_states
+    random._get_all_rng_states, random._set_all_rng_states = lambda: (), lambda *states: None
+    try:
+        yield
+    finally:
+        random._get_all_rng_states, random._set_all_rng_states = read, write

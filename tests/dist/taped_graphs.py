@@ -5,6 +5,7 @@ the capture, and numbers that Python knew are those of then. What would wait for
 imitated are streams, and memory that graphs share.
 """
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -83,13 +84,15 @@ class taped(TorchDispatchMode):
         self._graph = graph
 
     def __enter__(self) -> Any:
-        self._quiet = mock.patch.object(Work, "wait", _wait_quietly)
-        self._quiet.__enter__()
+        self._changes = contextlib.ExitStack()
+        self._changes.enter_context(mock.patch.object(Work, "wait", _wait_quietly))
+        # Memory that is given back while capturing is there again in replays.
+        self._changes.enter_context(mock.patch.object(torch.UntypedStorage, "resize_"))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._quiet.__exit__(*error)
+        self._changes.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert not any(wait in func.name() for wait in _WAITS), f"{func} waits for the device"

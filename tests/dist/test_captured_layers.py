@@ -24,6 +24,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared": {},
     "no-shared": {"model.moe.num_shared_experts": 0},
     "capacity": {"model.moe.capacity_factor": 0.7},
+    "recomputed": {
+        "training.gradient_checkpointing": "selective",
+        "training.recompute_modules": ["mla_up_proj", "moe_act"],
+    },
 }
 # Model, parts, and how many layers have any of them, of a dense one, three of experts, and two of MTP.
 CASES: dict[str, tuple[str, list[str], int]] = {
@@ -34,6 +38,7 @@ CASES: dict[str, tuple[str, list[str], int]] = {
     "all": ("shared", ALL, 6),
     "no-shared-all": ("no-shared", ALL, 6),
     "capacity": ("capacity", ["attn", "moe_router"], 6),
+    "recomputed": ("recomputed", ALL, 6),
 }
 GRAPHS = "training.cuda_graphs"
 

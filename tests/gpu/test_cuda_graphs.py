@@ -3,6 +3,8 @@
 Not yet seen running: no GPU was at hand when this was written.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,10 +25,17 @@ LAYERS["attn mlp moe_router moe_preprocess"] = 6
 TOLERANCE = 5e-3
 
 
-@pytest.mark.parametrize("parts", LAYERS)
-def test_losses_are_those_without_graphs(parts: str) -> None:
+RECOMPUTED = {
+    "training.gradient_checkpointing": "selective",
+    "training.recompute_modules": ["mla_up_proj", "layernorm", "moe_act"],
+}
+CASES = [(parts, {}) for parts in LAYERS] + [(parts, RECOMPUTED) for parts in LAYERS if parts != "moe_router"]
+
+
+@pytest.mark.parametrize(("parts", "recomputed"), CASES, ids=str)
+def test_losses_are_those_without_graphs(parts: str, recomputed: dict[str, Any]) -> None:
     """Two micro-batches a step; a replay forward and one backward for each and for each layer."""
-    settings = SIZES | {"training.use_bf16": True, "training.global_batch_size": 8}
+    settings = SIZES | recomputed | {"training.use_bf16": True, "training.global_batch_size": 8}
     settings |= {"training.micro_batch_size": 4}
     plain, none = losses_and_replays(STEPS, settings)
     losses, replays = losses_and_replays(STEPS, settings | {"training.cuda_graphs": parts.split()})

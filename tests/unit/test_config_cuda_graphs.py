@@ -35,7 +35,9 @@ def problems(settings: dict[str, Any]) -> list[str]:
         {},
         {"model.hidden_dropout": 0.1, "distributed.zero_stage": 3},  # nothing is captured
         ALL,
-        ALL | SELECTIVE | {MODULES: ["moe_act"]},
+        ALL | SELECTIVE,
+        ALL | SELECTIVE | {MODULES: ["mla_up_proj", "layernorm", "moe_act"]},
+        ATTENTION | SELECTIVE,
         ATTENTION | SELECTIVE | {MODULES: ["moe", "mlp"]},
         ATTENTION | {"model.moe.router_noise_std": 0.1, "model.moe.capacity_factor": 1.0},
         ATTENTION | {"distributed.overlap_shared_experts": True, "distributed.expert_parallel_size": 2},
@@ -91,9 +93,9 @@ def test_what_works(settings: dict[str, Any]) -> None:
             "holds model.moe.router_temperature fast",
         ),
         (ALL | {"training.gradient_checkpointing": "full"}, "recomputed whole"),
-        (ATTENTION | SELECTIVE, "mla_up_proj and layernorm would be recomputed"),
-        (ROUTER | SELECTIVE | {MODULES: ["shared_experts"]}, "shared_experts would be recomputed"),
-        (CUDA | {GRAPHS: ["mlp"]} | SELECTIVE | {MODULES: ["mlp"]}, "mlp would be recomputed"),
+        (ROUTER | SELECTIVE, "the norm before the router"),
+        (ROUTER | SELECTIVE | {MODULES: ["shared_experts"]}, "keeps shared_experts in its graphs"),
+        (CUDA | {GRAPHS: ["mlp"]} | SELECTIVE | {MODULES: ["mlp"]}, "keeps mlp in its graphs"),
     ],
 )
 def test_each_reason_is_told_alone(settings: dict[str, Any], said: str) -> None:
