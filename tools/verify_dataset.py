@@ -14,7 +14,14 @@ from pathlib import Path
 from megads.command_line import run_tool
 from megads.data.cleaning.parallel import Workers
 from megads.data.stored import find_datasets
-from megads.data.verify import Verification, VerifySettings, check_together, one_line, verify_dataset
+from megads.data.verify import (
+    Verification,
+    VerifySettings,
+    check_complete,
+    check_together,
+    one_line,
+    verify_dataset,
+)
 from megads.errors import DataError
 
 
@@ -60,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         for what in one.unchecked:
             unchecked.setdefault(what, []).append(one.prefix)
         problems += len(one.problems)
-    for problem in check_together(found):
+    for problem in [*check_complete(options.datasets, found), *check_together(found)]:
         print(f"PROBLEM {problem}")
         problems += 1
     for what, where in unchecked.items():

@@ -80,6 +80,16 @@ def refuse_existing(prefix: str | os.PathLike[str]) -> None:
         )
 
 
+def datasets_in_work(directory: str | os.PathLike[str]) -> list[str]:
+    """Names of the datasets in a directory that a writer has begun: it is at work, or was killed."""
+    ending = partial_path(Path("x.bin")).name.removeprefix(".x")
+    return sorted(
+        name[1:].removesuffix(ending)
+        for name in os.listdir(directory)
+        if name.startswith(".") and name.endswith(ending)
+    )
+
+
 class IndexedWriter:
     """Streams documents into a `.bin`/`.idx` pair; memory does not grow with the dataset.
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from megads.config.schema import Config, DataSource
-from megads.data.indexed import data_files
+from megads.data.indexed import data_files, datasets_in_work
 from megads.data.input_file import is_url
 from megads.data.manifest import DatasetInfo, check_dataset
 from megads.data.remote_shards import fetch_datasets
@@ -38,6 +38,15 @@ def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
             _check_exists(path, source.name)
             prefixes.append(path)
             continue
+        if in_work := datasets_in_work(path):
+            logger.warning(
+                "%s: %d datasets of source %s are being made, or were when a run was killed, and are not "
+                "read: %s. Preprocess to the end first.",
+                path,
+                len(in_work),
+                source.name,
+                ", ".join(in_work[:3]) + (", ..." if len(in_work) > 3 else ""),
+            )
         # A `.bin` that has lost its `.idx` is not passed over: it is refused when it is opened.
         inside = {
             os.path.splitext(name)[0]

@@ -8,6 +8,7 @@ the tokenizer is, sampled documents token by token and as text.
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,14 @@ import numpy as np
 
 from megads.data.encoding import Encoder
 from megads.data.fim import TOKEN_NAMES, FillInTheMiddle
-from megads.data.indexed import LOSS_MASK, SCORES, data_files, sidecar_file, unfinished_files
+from megads.data.indexed import (
+    LOSS_MASK,
+    SCORES,
+    data_files,
+    datasets_in_work,
+    sidecar_file,
+    unfinished_files,
+)
 from megads.data.manifest import check_dataset
 from megads.data.recipe import differing_settings, settings_sha256
 from megads.data.selection import Document, describe
@@ -79,6 +87,18 @@ def verify_dataset(settings: VerifySettings, prefix: str) -> Verification:
     except (MegadsError, OSError) as error:
         found.problems.append(str(error))
     return found
+
+
+def check_complete(paths: Sequence[Path], found: Sequence[Verification]) -> list[str]:
+    """Datasets below these directories that a run has begun and not finished; those of `found` tell of it."""
+    known = {one.prefix for one in found}
+    directories = {Path(directory) for path in paths for directory, _, _ in os.walk(path)}
+    return [
+        f"{directory / name}: is being made, or was when a run was killed; preprocess to the end"
+        for directory in sorted(directories)
+        for name in datasets_in_work(directory)
+        if str(directory / name) not in known
+    ]
 
 
 def check_together(found: Sequence[Verification]) -> list[str]:

@@ -12,7 +12,7 @@ from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megads.config.resolve import resolve
 from megads.config.schema import Config
 from megads.data.blend import Datasets, SampleCounts, build_datasets
-from megads.data.indexed import data_files
+from megads.data.indexed import IndexedWriter, data_files
 from megads.data.mix import normalized
 from megads.data.sources import build_index, plan_corpus
 from megads.errors import ConfigError, DataError
@@ -286,6 +286,20 @@ def test_wrong_sources(tmp_path: Path) -> None:
         build(small, train=5)
     with pytest.raises(ConfigError, match=r"data\.split"):
         build(config_of(tmp_path, [{"name": "a", "subset": "a"}], split="all"), train=5)
+
+
+def test_a_source_that_is_still_being_made_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_dataset(tmp_path / "web" / "a", unique_documents(60), vocab_size=VOCAB)
+    config = config_of(tmp_path, [{"name": "web", "subset": "web"}])
+    with IndexedWriter(tmp_path / "web" / "b.2", VOCAB):
+        build(config, train=5)
+    assert "1 datasets of source web are being made" in caplog.text
+    assert "not read: b.2. Preprocess" in caplog.text
+    caplog.clear()
+    build(config, train=5)
+    assert "being made" not in caplog.text
 
 
 def test_two_sources_of_the_same_data_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from megads.data.shards import Shard, convert_shard
 from megads.data.stored import StoredDataset, find_datasets
 from megads.data.tokenizer import load_tokenizer
 from megads.data.tokenizer_training import train_sentencepiece
-from megads.data.verify import Verification, VerifySettings, check_together, verify_dataset
+from megads.data.verify import Verification, VerifySettings, check_complete, check_together, verify_dataset
 from megads.errors import DataError
 
 SENTENCE = "the river rose in night and by morning it had taken a bridge half of mill with boats"
@@ -245,6 +245,12 @@ def test_an_input_without_documents_is_sound(tmp_path: Path, tokenizer: Path) ->
 def test_what_a_killed_run_left_is_a_problem(made: Made) -> None:
     made.prefix.with_name(".a.bin.partial").write_bytes(b"")
     assert "left by a run that was killed" in made.problems(quick=True)
+    directory, found = made.prefix.parent, [Verification(str(made.prefix))]
+    assert check_complete([directory], found) == []
+    (directory / "sub").mkdir()
+    (directory / "sub" / ".b.bin.partial").touch()
+    (problem,) = check_complete([directory, directory / "sub", made.prefix], found)
+    assert problem.startswith(f"{directory}/sub/b: is being made")
 
 
 def test_datasets_of_two_tokenizers_do_not_go_together(tmp_path: Path) -> None:
