@@ -43,12 +43,13 @@ def check_cuda_graphs(config: Config, choice: Choice) -> None:
             "training.cuda_graphs: Transformer Engine captures them, and layers are native here "
             f"({choice.why}): set it to []"
         )
-    expandable = "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    if expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
-        raise EnvironmentSetupError(
-            "training.cuda_graphs: with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True NCCL would register "
-            "memory that moves: set NCCL_GRAPH_REGISTER=0"
-        )
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        expandable = "expandable_segments:True" in os.environ.get(name, "")
+        if expandable and os.environ.get("NCCL_GRAPH_REGISTER") != "0":
+            raise EnvironmentSetupError(
+                f"training.cuda_graphs: with {name}=expandable_segments:True NCCL would register memory that "
+                "moves: set NCCL_GRAPH_REGISTER=0"
+            )
 
 
 class GraphCapture:

@@ -74,15 +74,17 @@ def make_taped_callables_by_transformer_engine(*args: Any, **options: Any) -> tu
 
 def install_tapes(by_transformer_engine: bool) -> list[Any]:
     """For the rest of this process; gives the list of the layers that will be captured."""
-    hopper = SimpleNamespace(name="H200", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30)
-    torch.cuda.get_device_capability = lambda *device: (hopper.major, hopper.minor)
-    torch.cuda.get_device_properties = lambda *device: hopper
     from megatron.core.transformer import cuda_graphs
 
     from megads.config import validate_cuda_graphs
     from megads.model import build
 
     if by_transformer_engine:
+        hopper = SimpleNamespace(
+            name="H200", major=9, minor=0, multi_processor_count=132, total_memory=141 << 30
+        )
+        torch.cuda.get_device_capability = lambda *device: (hopper.major, hopper.minor)
+        torch.cuda.get_device_properties = lambda *device: hopper
         for name in [name for name, module in sys.modules.items() if module is None]:
             del sys.modules[name]  # a CPU run hides it
         make = make_taped_callables_by_transformer_engine

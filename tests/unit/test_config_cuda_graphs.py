@@ -64,6 +64,10 @@ def test_what_works(settings: dict[str, Any]) -> None:
             ALL | {"distributed.pipeline_parallel_size": 2, "training.batch_size_rampup_start": 4},
             "batch_size_rampup_start changes their number",
         ),
+        (
+            ALL | {"distributed.tp_comm_overlap": True, "distributed.tensor_parallel_size": 2},
+            "does not work with tp_comm_overlap",
+        ),
         (ALL | {"distributed.zero_stage": 2}, "zero_stage = 2, whose weights and gradients move"),
         (
             ALL | {"distributed.overlap_expert_parallel": True, "distributed.expert_parallel_size": 2},
@@ -135,8 +139,9 @@ class TestMachine:
         with pytest.raises(EnvironmentSetupError, match=r"native here \(not installed"):
             check_cuda_graphs(load_config(None, tiny.BASE | ALL), Choice("native", "not installed"))
 
-    def test_expandable_segments(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+    def test_expandable_segments(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(name, "expandable_segments:True")
         config = load_config(None, tiny.BASE | ALL)
         with pytest.raises(EnvironmentSetupError, match="NCCL_GRAPH_REGISTER=0"):
             check_cuda_graphs(config, self.ENGINE)
