@@ -68,6 +68,7 @@ class _Ranks:
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
+        self._cause = ""
         self._signals: list[int] = []
 
     def fork(self, processes: int) -> bool:
@@ -104,15 +105,19 @@ class _Ranks:
         self._signal_all(signal.SIGTERM)
         self._wait_for_all(SECONDS_TO_END)
         self._signal_all(signal.SIGKILL)
+        if self._cause and len(self._ranks) > 1:
+            # Tracebacks of the others, which lost a peer, stand between this and what was said at once.
+            _say(f"the job ended with exit code {code}: {self._cause}")
         return code
 
     def _first_failure(self) -> int:
         for number, rank in enumerate(self._ranks):
             if code := rank.poll():
                 if code < 0:
-                    name = signal.Signals(-code).name
-                    told = f"rank {number} was ended by {name}; stopping the others"
-                    print(told, file=sys.stderr, flush=True)
+                    self._cause = f"rank {number} was ended by {signal.Signals(-code).name}"
+                    _say(f"{self._cause}; stopping the others")
+                elif code == 1:
+                    self._cause = f"rank {number} failed first; its traceback is above"
                 return code if code > 0 else 128 - code
         return 0
 
@@ -132,6 +137,10 @@ class _Ranks:
         while any(rank.poll() is None for rank in self._ranks) and time.monotonic() < deadline:
             self._pass_on_signals()
             time.sleep(0.05)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _end_with(launcher: int) -> None:

@@ -81,8 +81,11 @@ class Verdict:
 
     def text(self) -> str:
         """For the log."""
-        outcomes = {"warn": "the update is made", "skip": "the update is left out"}
-        done = outcomes.get(self.action, "going back")
+        finite = math.isfinite(self.loss)
+        made = "the update is made" if finite else "the update is made if its gradients are finite"
+        done = {"warn": made, "skip": "the update is left out"}.get(self.action, "going back")
+        if not finite:
+            return f"the loss is {self.loss}: {done}"
         return f"the loss {self.loss:.4f} is far above the recent {self.median:.4f}: {done}"
 
 

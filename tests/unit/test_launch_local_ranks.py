@@ -97,7 +97,21 @@ def test_a_rank_that_is_killed_is_told(tmp_path: Path) -> None:
     job = start(tmp_path, 2, SAVES)
     os.kill(wait_until_ready(tmp_path, 2)[1], signal.SIGKILL)
     _, errors = job.communicate(timeout=30)
-    assert (job.returncode, errors) == (128 + 9, "rank 1 was ended by SIGKILL; stopping the others\n")
+    assert job.returncode == 128 + 9
+    assert errors.splitlines() == [
+        "rank 1 was ended by SIGKILL; stopping the others",
+        "the job ended with exit code 137: rank 1 was ended by SIGKILL",
+    ]
+
+
+def test_whose_traceback_to_read_is_told(tmp_path: Path) -> None:
+    """The other ranks lose a peer, and each has a traceback of its own."""
+    code = SAVES.replace("time.sleep(60)", "assert os.environ['RANK'] != '1', 'broken'; time.sleep(60)")
+    job = start(tmp_path, 2, code)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == 1
+    last = "the job ended with exit code 1: rank 1 failed first; its traceback is above"
+    assert errors.splitlines()[-1] == last
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

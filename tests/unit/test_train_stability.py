@@ -67,6 +67,14 @@ def test_skip_and_warn() -> None:
     assert warned[-1] == "accept", "after a window of them, the higher loss is what is normal"
 
 
+def test_a_loss_that_is_no_number_is_not_said_to_be_high() -> None:
+    """Nor that its update is made, where its gradients will tell."""
+    verdict = SpikeWatch(Stability(spike_policy="warn")).judge(1, math.nan)
+    assert verdict.text() == "the loss is nan: the update is made if its gradients are finite"
+    verdict = SpikeWatch(Stability(spike_policy="skip")).judge(1, math.inf)
+    assert verdict.text() == "the loss is inf: the update is left out"
+
+
 def test_nothing_is_judged_before_there_is_a_past() -> None:
     settings = Stability()
     recent = RecentLosses(settings.spike_window, [3.0] * 15)
