@@ -329,9 +329,20 @@ class Run:
             if training.eval_interval and step % training.eval_interval == 0:
                 with phases.phase("evaluation"):
                     self._evaluate()
-            if training.save_interval and step % training.save_interval == 0:
+            if self._save_is_due():
                 with phases.phase("checkpoint"):
                     self.save()
+
+    def _save_is_due(self) -> bool:
+        """Once in every `save_interval` steps; later, while updates are left out.
+
+        What cannot take a step is nothing to go on from: to save it would push better checkpoints out, and
+        let a run that fails again and again look as if it got ahead.
+        """
+        interval = self.config.training.save_interval
+        if not interval or self.progress.skipped_in_a_row:
+            return False
+        return self.state.step // interval > max(self.progress.saved_step, 0) // interval
 
     def _finish(self, completed: bool) -> None:
         # A run that was cut will be evaluated where its schedule says; only the end gets one of its own.

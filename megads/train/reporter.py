@@ -20,6 +20,7 @@ from megads.config.flops import count_parameters, training_flops_per_token
 from megads.config.resolve import Resolved
 from megads.config.scalars import Scalars
 from megads.config.schema import Config
+from megads.errors import DataError
 from megads.model.router import bias_ranges
 from megads.train.console import ConsoleSink
 from megads.train.curve import draw_curve
@@ -201,8 +202,12 @@ class Reporter:
         if checkpoint is not None:
             logger.info("checkpoint   %s", os.path.relpath(checkpoint))
         if state.step >= self._config.training.log_interval:
-            curve = draw_curve(output / METRICS_FILE, output / CURVE_FILE, title=self._config.experiment_name)
-            logger.info("loss curve   %s", os.path.relpath(curve))
+            try:
+                title = self._config.experiment_name
+                curve = draw_curve(output / METRICS_FILE, output / CURVE_FILE, title=title)
+                logger.info("loss curve   %s", os.path.relpath(curve))
+            except (DataError, OSError) as error:  # no picture is worth the run
+                logger.warning("no loss curve: %s", error)
         if self._config.logging.tensorboard.enabled:
             logger.info(
                 "TensorBoard  tensorboard --logdir %s", os.path.relpath(self._resolved.tensorboard_dir)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.dist.harness import run_distributed
-from tests.e2e.commands import records
+from tests.e2e.commands import pretrain_well, records
 
 SPIKES = {
     "training.stability.spike_window": 16,
@@ -101,6 +101,19 @@ def run_faulty(
 
 def events(output: Path, name: str) -> list[dict[str, Any]]:
     return [record for record in records(output, "event") if record["event"] == name]
+
+
+def test_nothing_is_saved_while_updates_are_left_out(config: Path) -> None:
+    settings = {"training.train_steps": 12, "training.save_interval": 5}
+    run_faulty(config, {step: ("nan", 0) for step in (4, 5, 6)}, settings)
+    saved = (config.parent / "run" / "checkpoints").glob("step_*")
+    assert sorted(int(path.name[-2:]) for path in saved) == [7, 10, 12]
+
+
+def test_a_curve_that_cannot_be_drawn_costs_no_run(config: Path) -> None:
+    done = pretrain_well("--config", config, "--lr", 1e10, "--train-iters", 4, "--log-interval", 4)
+    assert "the loss is nan" in done.stdout
+    assert "no loss curve: " in done.stdout
 
 
 def test_a_hundred_poisoned_gradients_poison_nothing(config: Path) -> None:

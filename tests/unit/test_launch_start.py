@@ -134,6 +134,8 @@ def test_a_dry_run_says_what_becomes_of_deepspeeds_settings(tmp_path: Path) -> N
     ("words", "said"),
     [
         (["--gpus", "0"], "at least 1"),
+        (["--gpus", "two"], "two must be a whole number"),
+        (["--port", "http"], "http is no free port"),
         (["--port", "80"], "1024"),
         (["--nodes", "2"], "--hostfile FILE"),
         (["--chain", "2"], "give --submit too"),
