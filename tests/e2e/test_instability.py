@@ -105,7 +105,7 @@ def events(output: Path, name: str) -> list[dict[str, Any]]:
 
 def test_nothing_is_saved_while_updates_are_left_out(config: Path) -> None:
     settings = {"training.train_steps": 12, "training.save_interval": 5}
-    run_faulty(config, {step: ("nan", 0) for step in (4, 5, 6)}, settings)
+    run_faulty(config, dict.fromkeys((4, 5, 6), ("nan", 0)), settings)
     saved = (config.parent / "run" / "checkpoints").glob("step_*")
     assert sorted(int(path.name[-2:]) for path in saved) == [7, 10, 12]
 
