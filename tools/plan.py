@@ -117,10 +117,10 @@ def run(options: argparse.Namespace, arguments: Arguments) -> int:
     for name in ("gpu", "search", "mfu", "spot", "price", "interruption_hours"):
         if getattr(options, name) and not cuda:
             flag = name.replace("_", "-")
-            raise ConfigError(
-                f"--{flag}: this run is on the CPU; --gpu h100 plans it for a GPU, where "
-                "distributed.device allows it"
-            )
+            fixed = config.distributed.device == "cpu"
+            how = "--distributed.device auto --gpu h100" if fixed else "--gpu h100"
+            why = ' (distributed.device = "cpu")' if fixed else ""
+            raise ConfigError(f"--{flag}: this run is on the CPU{why}; {how} plans it for a GPU")
     gpu = gpu_named(options.gpu or "h100") if cuda else None
     remarks = check_for_plan(config, world_size, cuda)
     resolved = resolve(config, world_size, cuda)

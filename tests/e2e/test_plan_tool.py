@@ -110,6 +110,10 @@ def test_mistakes() -> None:
         ((), "which configuration?"),
         ((LITE, "--gpu", "h10"), "did you mean"),
         (("configs/debug.json", "--search"), "--search: this run is on the CPU"),
+        (
+            ("configs/debug.json", "--gpu", "h100", "--distributed.device", "cpu"),
+            'this run is on the CPU (distributed.device = "cpu"); --distributed.device auto --gpu h100 plans',
+        ),
         (("--gpu", "h100", LITE), "belongs to no flag"),
         ((LITE, "--gpus", "0"), "--gpus must be above 0"),
         ((LITE, "--gpus", "12"), "cannot run"),
