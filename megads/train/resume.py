@@ -124,7 +124,7 @@ def restore(
     _load(store, found, record, step, optimizer=optimizer, generators=generators, average=average)
     state = TrainState.from_dict(record["state"])
     if dist.get_rank() == 0:
-        _tell_differences(record, datasets, optimizer, state)
+        _tell_differences(record, step.config, datasets, optimizer, state)
     return state
 
 
@@ -182,11 +182,23 @@ def check_optimizer_format(found: commit.CheckpointInfo, record: dict[str, Any],
         )
 
 
-def _tell_differences(record: dict[str, Any], datasets: Datasets, optimizer: bool, state: TrainState) -> None:
+def _tell_differences(
+    record: dict[str, Any], config: Config, datasets: Datasets, optimizer: bool, state: TrainState
+) -> None:
     if not optimizer:
         logger.warning("the checkpoint holds no optimizer state: the optimizer starts afresh")
     if record["data_fingerprint"] != datasets.fingerprint(state.samples):
         logger.warning(
             "the data, their weights or the seed differ from the checkpoint's: samples come in another order "
             "from here on, and some may be seen twice"
+        )
+    then = record["config"]
+    before = then["training"]["global_batch_size"] * then["validation"]["eval_steps"]
+    now = config.training.global_batch_size * config.validation.eval_steps
+    if before != now and state.best_validation_loss is not None:
+        logger.warning(
+            "validation reads %d sequences now and has read %d before (training.global_batch_size x "
+            "validation.eval_steps): its losses, and which checkpoint is the best, do not compare",
+            now,
+            before,
         )

@@ -90,10 +90,16 @@ def _where_to_start(stages: Sequence[Stage], number: int) -> tuple[str, str | No
     Raises CheckpointError where what lies in the directories of the stages does not fit together.
     """
     stage, own = stages[number], _newest(stages[number])
+    begun = next((later for later in stages[number + 1 :] if _newest(later) is not None), None)
+    if stage.config.checkpointing.load is None and begun is not None:
+        logger.warning(
+            "stage %s starts afresh, and stage %s after it has checkpoints in %s, which go on from its "
+            "earlier weights: start that one afresh too, or move them away",
+            stage.name, begun.name, checkpoint_directory(begun.config),
+        )  # fmt: skip
     if stage.config.checkpointing.load is not None:
         if own is not None and own.step >= _last_step(stage, own):
             return f"finished at step {own.step}", None
-        begun = next((later for later in stages[number + 1 :] if _newest(later) is not None), None)
         if begun is not None and own is None:
             return f"its checkpoints are gone and stage {begun.name} has begun", None
         if begun is not None and own is not None:

@@ -74,10 +74,12 @@ def test_stop_and_resume_is_the_same_run(config: Path, tmp_path: Path) -> None:
 def test_another_batch_size_ends_at_the_same_tokens(config: Path, tmp_path: Path) -> None:
     """Sizes may change on resume; the schedules, and so the end of a run, go by tokens."""
     output, tokens = tmp_path / "run", 8 * 4 * 32
-    flags = ("--config", config, "--training.total_training_tokens", tokens)
+    validation = ("--eval-interval", 4, "--validation.eval_steps", 1, "--no-validation.per_source")
+    flags = ("--config", config, "--training.total_training_tokens", tokens, *validation)
     pretrain_well(*flags, "--training.exit_step", 4)
     larger = pretrain_well(*flags, "--global-batch-size", 8, "--training.exit_step", 5)
     assert "end with step 6, not with step 4" in larger.stdout
+    assert "validation reads 8 sequences now and has read 4 before" in larger.stdout
     assert "step 5 of 6, stopped" in larger.stdout
     smaller = pretrain_well(*flags, "--global-batch-size", 2)
     assert "end with step 9, not with step 16" in smaller.stdout

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from megads.config.stages import load_stages
+from megads.train.stages import _where_to_start
 from tests.dist.harness import run_distributed
 from tests.e2e.commands import pretrain, records, steps, write_json
 from tests.e2e.test_resume_cli import measured
@@ -156,7 +158,9 @@ def test_stages_are_one_run_however_often_it_is_stopped(staged: Path, tmp_path: 
     assert [len(records(cut / stage["name"], "run")) for stage in STAGES] == [2, 2, 1]
 
 
-def test_a_stage_by_itself_and_stages_that_do_not_follow(staged: Path, tmp_path: Path) -> None:
+def test_a_stage_by_itself_and_stages_that_do_not_follow(
+    staged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     one, output = (
         {"distributed.expert_parallel_size": 1, "distributed.tensor_parallel_size": 1},
         tmp_path / "run",
@@ -173,6 +177,9 @@ def test_a_stage_by_itself_and_stages_that_do_not_follow(staged: Path, tmp_path:
     assert error(only="extend") == ""
     longer = error(settings=one | {"training.train_steps": 8})
     assert "stage pretrain is at step 4 of 8, but stage extend after it has checkpoints" in longer
+    stages = load_stages(staged, one | {"output_dir": str(output), "checkpointing.load": None})
+    assert _where_to_start(stages, 0) == ("", None)
+    assert "stage pretrain starts afresh, and stage extend after it has checkpoints" in caplog.text
 
 
 def test_data_of_a_later_stage_are_missed_before_the_first_starts(config: Path, tmp_path: Path) -> None:
