@@ -104,6 +104,11 @@ class _Ranks:
             self._wait_for_all(SECONDS_TO_END)
         self._signal_all(signal.SIGTERM)
         self._wait_for_all(SECONDS_TO_END)
+        for number, rank in enumerate(self._ranks):
+            if rank.poll() is None:
+                _say(
+                    f"rank {number} does not end: killed. If others timed out, it is the one they waited for"
+                )
         self._signal_all(signal.SIGKILL)
         if self._cause and len(self._ranks) > 1:
             # Tracebacks of the others, which lost a peer, stand between this and what was said at once.

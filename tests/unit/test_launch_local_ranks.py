@@ -16,7 +16,9 @@ from megads.launch import local_ranks
 # What is printed before the fork, and not flushed, is to be printed once.
 LAUNCHER = """
 import os, sys
+from megads.launch import local_ranks
 from megads.launch.local_ranks import fork_ranks
+local_ranks.SECONDS_TO_END = {seconds}
 def load():
     global loaded_in
     loaded_in = os.getpid()
@@ -43,9 +45,10 @@ time.sleep(60)
 """
 
 
-def start(tmp_path: Path, processes: int, code: str) -> "subprocess.Popen[str]":
+def start(tmp_path: Path, processes: int, code: str, seconds: float = 30.0) -> "subprocess.Popen[str]":
+    """`seconds`: from SIGTERM to SIGKILL."""
     script = tmp_path / "script.py"
-    script.write_text(LAUNCHER.format(processes=processes) + code)
+    script.write_text(LAUNCHER.format(processes=processes, seconds=seconds) + code)
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     return subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
@@ -102,6 +105,17 @@ def test_a_rank_that_is_killed_is_told(tmp_path: Path) -> None:
         "rank 1 was ended by SIGKILL; stopping the others",
         "the job ended with exit code 137: rank 1 was ended by SIGKILL",
     ]
+
+
+def test_a_rank_that_hangs_is_told(tmp_path: Path) -> None:
+    """The others time out, and what they say names it no more than themselves."""
+    code = SAVES.replace("time.sleep(60)", "time.sleep(60 if os.environ['RANK'] == '1' else 1); 1 / 0")
+    job = start(tmp_path, 2, code, seconds=0.5)
+    os.kill(wait_until_ready(tmp_path, 2)[1], signal.SIGSTOP)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode == 1
+    assert "rank 1 does not end: killed. If others timed out, it is the one they waited for" in errors
+    assert "rank 0 does not end" not in errors
 
 
 def test_whose_traceback_to_read_is_told(tmp_path: Path) -> None:
