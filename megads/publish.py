@@ -70,29 +70,12 @@ def open_locked(path: Path, *, or_unlocked: bool = False) -> BinaryIO:
     """
     file = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666))  # noqa: SIM115
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if not or_unlocked or error.errno not in NO_LOCKS:
-                raise
-            _warn_of_no_locks(path.parent, error.strerror)
-        # The other process may have renamed this very file between our open and our lock.
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            raise FileNotFoundError
+        _lock(file, path, or_unlocked)
         file.truncate()
-    except FileNotFoundError as error:
-        file.close()
-        raise BlockingIOError(errno.EAGAIN, "written by another process", str(path)) from error
     except OSError:
         file.close()
         raise
     return file
-
-
-@cache
-def _warn_of_no_locks(directory: Path, why: str) -> None:
-    """Once per directory."""
-    logger.warning("Files in %s cannot be locked (%s): let no other run write there.", directory, why)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -102,3 +85,24 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(file: BinaryIO, path: Path, or_unlocked: bool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not or_unlocked or error.errno not in NO_LOCKS:
+            raise
+        _warn_of_no_locks(path.parent, error.strerror)
+    try:  # whoever had it locked may have renamed this very file between our open and our lock
+        same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise BlockingIOError(errno.EAGAIN, "written by another process", str(path))
+
+
+@cache
+def _warn_of_no_locks(directory: Path, why: str) -> None:
+    """Once per directory."""
+    logger.warning("Files in %s cannot be locked (%s): let no other run write there.", directory, why)

@@ -90,7 +90,7 @@ def find_sources(root: str) -> list[InputShard]:
             "over: %s",
             root,
             len(data),
-            ", ".join(data[:LISTED_NAMES]) + (", ..." if len(data) > LISTED_NAMES else ""),
+            _some(data),
         )
     return find_shards(directories)
 
@@ -125,9 +125,7 @@ def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
     def find(entry: tuple[int, str, str]) -> InputShard:
         number, source, location = entry
         try:
-            shard = _file(
-                location if is_url(location) or location.startswith("/") else _join(directory, location)
-            )
+            shard = _file(_from(directory, location))
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         if not source:
@@ -138,8 +136,15 @@ def shards_of_manifest(path: str | os.PathLike[str]) -> list[InputShard]:
         return _each_once(list(threads.map(find, entries)))
 
 
-def _join(directory: str, name: str) -> str:
-    return f"{directory}/{name}" if is_url(directory) else os.path.join(directory, name)
+def _from(directory: str, location: str) -> str:
+    """The path or URL of what may be given relative to a directory, which may be a URL itself."""
+    if is_url(location) or location.startswith("/"):
+        return location
+    return f"{directory}/{location}" if is_url(directory) else os.path.join(directory, location)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED_NAMES]) + (", ..." if len(names) > LISTED_NAMES else "")
 
 
 def load_source_table(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -200,13 +205,12 @@ def _data_files[File](directory: str, files: Iterable[File], name_of: Callable[[
     for file in files:
         (data if name_of(file).endswith(ENDINGS) else others).append(file)
     if others:
-        some = ", ".join(name_of(file) for file in others[:LISTED_NAMES])
         logger.warning(
             "%s: %d of its files are passed over, whose names do not end in %s: %s",
             directory,
             len(others),
             " ".join(ENDINGS),
-            some + (", ..." if len(others) > LISTED_NAMES else ""),
+            _some([name_of(file) for file in others]),
         )
     if not data:
         raise DataError(f"{directory}: no data files in this directory (looked for {', '.join(ENDINGS)}).")
