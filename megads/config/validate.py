@@ -52,6 +52,7 @@ def find_problems(config: Config, world_size: int, cuda: bool) -> Iterator[str]:
     yield from validate_layout.layout_problems(config, world_size)
     yield from _training(config)
     yield from validate_precision.precision_problems(config, cuda)
+    yield from _directories(config)
     yield from _data(config)
     yield from _checkpointing(config)
     yield from _budget(config.budget)
@@ -254,6 +255,20 @@ def _budget(budget: Budget) -> Iterator[str]:
             "budget.alert_webhook must be a URL that begins with https:// or http://, or $NAME for one in "
             "the environment"
         )
+
+
+def _directories(config: Config) -> Iterator[str]:
+    written = {
+        "output_dir": config.output_dir,
+        "data.cache_dir": config.data.cache_dir,
+        "checkpointing.save_dir": config.checkpointing.save_dir or "",
+    }
+    for name, path in written.items():
+        if "://" in path:
+            yield (
+                f"{name} = {path!r} is a URL, but a run writes to mounted file systems: give a path; "
+                "checkpointing.mirror copies checkpoints to a store, and data.sources may lie in one"
+            )
 
 
 def _data(config: Config) -> Iterator[str]:

@@ -54,7 +54,11 @@ def source_prefixes(source: DataSource, cache_dir: str) -> tuple[str, ...]:
             for name in glob.glob(f"{glob.escape(path)}/*.{end}")
         }
         if not inside:
-            raise DataError(f"{path}: no dataset (.idx) for source {source.name!r} in this directory.")
+            below = sorted({Path(name).parent.name for name in glob.glob(f"{glob.escape(path)}/*/*.idx")})
+            raise DataError(
+                f"{path}: no dataset (.idx) for source {source.name!r} in this directory"
+                + (f"; there are in those below it: {', '.join(below[:5])}." if below else ".")
+            )
         prefixes += sorted(inside)
     seen: set[str] = set()
     for prefix in prefixes:

@@ -161,6 +161,11 @@ CASES: list[tuple[dict[str, Any], int, list[str]]] = [
     ),
     # data
     ({"data__preprocessing__shuffle": False}, 1, ["shuffle = false is refused"]),
+    (
+        {"data__cache_dir": "s3://bucket/cache"},
+        1,
+        ["data.cache_dir = 's3://bucket/cache' is a URL", "mirror"],
+    ),
     ({"data__sources": []}, 1, ["data.sources is empty", "--data-path"]),
     ({"data__sources": [{"name": "a"}]}, 1, ["neither path nor subset"]),
     ({"data__sources": [{"name": "a", "path": "x", "weight": 0}]}, 1, ["weights of data.sources are all 0"]),

@@ -262,11 +262,13 @@ def test_wrong_sources(tmp_path: Path) -> None:
     write_dataset(tmp_path / "a", unique_documents(30), vocab_size=VOCAB)
     write_dataset(tmp_path / "b", unique_documents(30), vocab_size=VOCAB, sha256="b" * 64)
     (tmp_path / "hollow").mkdir()
+    write_dataset(tmp_path / "above" / "web" / "a", unique_documents(30), vocab_size=VOCAB)
     cases: list[tuple[list[dict[str, Any]], type[Exception], str]] = [
         ([{"name": "a", "subset": "missing"}], DataError, r"missing\.bin: no such file.* 'a' names\. Make"),
         ([{"name": "a", "subset": "hollo"}], DataError, r"hollo\.bin: .*did you mean hollow\?"),
         ([{"name": "a", "path": [f"{tmp_path}/a", f"{tmp_path}/./a"]}], DataError, "listed twice"),
-        ([{"name": "a", "subset": "hollow"}], DataError, "no dataset"),
+        ([{"name": "a", "subset": "hollow"}], DataError, r"no dataset .* in this directory\."),
+        ([{"name": "a", "subset": "above"}], DataError, "there are in those below it: web"),
         ([{"name": "a"}], ConfigError, "path or a subset"),
         ([{"name": "a", "subset": "a", "weight": 0}], ConfigError, "weight above 0"),
         ([], ConfigError, "weight above 0"),
