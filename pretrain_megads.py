@@ -6,9 +6,11 @@ torchrun it is a run of one process.
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from types import FrameType
 
 from megads.config import show
 from megads.config.flags import Arguments, parse_flags
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
         # Before torch is imported: a mistake in the configuration is told at once.
         may_have_cuda = _may_have_cuda(stages[0].config)
         check_stages(stages, processes, may_have_cuda)
+        _stop_on_signals()
         if arguments.nproc_per_node is not None:
             # CUDA would not survive the fork, so there each process imports torch for itself.
             code = fork_ranks(processes, _nothing if may_have_cuda else _load_training_on_cpu)
@@ -78,6 +81,22 @@ def _processes(arguments: Arguments) -> int:
     if asked < 1:
         raise ConfigError(f"--nproc-per-node {asked}: must be at least 1")
     return asked
+
+
+def _stop_on_signals() -> None:
+    """While training does not listen for them itself (`train/signals.py`), at start and at the end, signals
+    that ask it to stop end the process with the same exit code: there is nothing to save.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            text = f"RunStopped: {name}: outside of training, nothing to save; the same command goes on\n"
+            os.write(sys.stderr.fileno(), text.encode())
+        os._exit(RunStopped.exit_code)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, stop)
 
 
 def _load_training_on_cpu() -> None:

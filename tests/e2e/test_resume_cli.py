@@ -129,6 +129,24 @@ def test_sigterm_saves_and_a_rerun_finishes(config: Path, tmp_path: Path) -> Non
     assert steps(output) == list(range(1, 61))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_before_the_first_step_has_the_same_exit_code(
+    config: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Schedulers go by it, and would count another one as a crash."""
+    command = pretrain_command("--config", config, "--nproc-per-node", 1)
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**ENVIRONMENT, "HOME": str(tmp_path)}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while not (tmp_path / "run" / "logs" / "rank0.log").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, text = process.communicate(timeout=LONGEST_SECONDS)
+    assert process.returncode == RunStopped.exit_code, text
+    assert f"RunStopped: {number.name}: " in text
+
+
 def wait_for_a_step(output: Path, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + LONGEST_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
