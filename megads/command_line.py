@@ -2,10 +2,13 @@
 
 import argparse
 import errno
+import io
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megads.errors import EnvironmentSetupError, MegadsError
@@ -48,11 +51,20 @@ def run_tool(run: Callable[[], int | None], *, interrupted: str = "", cleans_up:
     """
     if cleans_up:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):  # names of files may have characters that the terminal lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return run() or 0
+        code = run() or 0
+        sys.stdout.flush()
+        return code
     except MegadsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who read the output wants no more of it, as `| head`
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in REFUSALS:
             raise

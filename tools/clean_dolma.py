@@ -21,12 +21,13 @@ from megads.command_line import local_path, positive_number, run_tool
 from megads.data.cleaning.decontaminate import EvaluationIndex
 from megads.data.cleaning.near import NearSettings, candidate_probability
 from megads.data.cleaning.quality import RULE_SETS
-from megads.data.cleaning.report import table, write_report
+from megads.data.cleaning.report import HEADINGS, table_sections, write_report
 from megads.data.cleaning.run import Progress, clean
 from megads.data.cleaning.scan import CleaningSettings
 from megads.data.documents import MAX_LINE_BYTES, open_input
 from megads.data.inputs import InputShard, find_shards, find_sources, shards_of_manifest
 from megads.errors import DataError
+from megads.tables import print_table
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -186,8 +187,6 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def run(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     begun = time.monotonic()
     shards = list_shards(options)
     files = [shard.path for shard in find_shards(options.evaluation)] if options.evaluation else []
@@ -219,9 +218,7 @@ def run(options: argparse.Namespace) -> None:
             "strings_too_short": index.too_short,
         }
     content = write_report(options.removals, result, settings, evaluation)
-    # Off a terminal rich would fold the table to 80 columns. No name of a source is markup.
-    console = Console(width=None if sys.stdout.isatty() else 130, markup=False, emoji=False)
-    console.print(table(content))
+    print_table(HEADINGS, table_sections(content), label_columns=2)
     text_bytes = sum(source["text_bytes"] for source in content["sources"].values())
     seconds = time.monotonic() - begun
     said = [f"{text_bytes / 1e6:,.1f} MB of text in {seconds:.1f} s. {options.removals / 'report.json'}"]
@@ -238,7 +235,7 @@ def run(options: argparse.Namespace) -> None:
         said.append(
             f"{defects:,} lines hold no document and were passed over; preprocessing says what is wrong."
         )
-    console.print("\n".join(said), highlight=False, soft_wrap=True)
+    print("\n".join(said))
     if not any(source["documents"] for source in content["sources"].values()):
         raise DataError(
             f"No line of the {len(shards)} files holds a document with a text in its field "

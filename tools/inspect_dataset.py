@@ -11,7 +11,6 @@ and line are looked up in the input, if it is where the record says.
 
 import argparse
 import random
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -132,7 +131,6 @@ def mark(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     return run_tool(lambda: run(options))
 
 

@@ -50,6 +50,7 @@ from megads.data.tokenizer import load_tokenizer
 from megads.data.work_division import array_task, check_prefixes, divide
 from megads.errors import DataError
 from megads.log import setup_logging, terminal_console
+from megads.tables import print_table
 
 logger = logging.getLogger("megads.preprocess")
 
@@ -300,28 +301,19 @@ class _Lines:
 
 
 def print_summary(summaries: dict[str, Summary], seconds: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     rows = [summaries[name] for name in sorted(summaries)]
-    if len(rows) > 1:
-        rows.append(total_of("all", rows))
-    table = Table()
-    table.add_column("source", overflow="fold")
-    columns = [name for name in COLUMNS if name != "FIM" or any(row.fim_documents for row in rows)]
-    for heading in columns:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        if row.name == "all" and len(rows) > 1:
-            table.add_section()
-        table.add_row(row.name, *(COLUMNS[name](row) for name in columns))
-    # Off a terminal rich would fold the table to 80 columns. No name of a source is markup.
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
-    console.print(table)
-    total = total_of("all", summaries.values())
+    total = total_of("all", rows)
+    unused = {"FIM": not total.fim_documents, "MB/s/core": not total.converting_seconds}
+    columns = [name for name in COLUMNS if not unused.get(name)]
+
+    def cells(summary: Summary) -> list[str]:
+        return [summary.name, *(COLUMNS[name](summary) for name in columns)]
+
+    sections = [list(map(cells, rows))] + ([[cells(total)]] if len(rows) > 1 else [])
+    print_table(["source", *columns], sections)
     for what, reasons in (("quarantined", total.quarantined), ("dropped", total.dropped)):
         if reasons:
-            console.print(f"{what}: {describe(reasons)}", highlight=False, soft_wrap=True)
+            print(f"{what}: {describe(reasons)}")
     made = total.shards - total.done_before
     said = f"{made} shards made, {total.done_before} done before"
     if made:
@@ -330,7 +322,7 @@ def print_summary(summaries: dict[str, Summary], seconds: float) -> None:
             f", {megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s), at most "
             f"{total.peak_memory_bytes / 1e6:,.0f} MB of memory per process"
         )
-    console.print(said, highlight=False, soft_wrap=True)
+    print(said)
 
 
 COLUMNS: dict[str, Callable[[Summary], str]] = {

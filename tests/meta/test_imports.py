@@ -1,9 +1,10 @@
 """Who may import whom, by walking the imports of every file, those inside functions included.
 
-`errors, log, command_line, publish` < `config` < `mcore | report | plan | launch` < `model | data | optim` <
-`checkpoint` < `train` < scripts. A file may import what is below it and its own package; `model`, `data` and
-`optim` do not know each other, nor do `mcore`, `report`, `plan` and `launch`. `config`, `report`, `plan` and
-`launch` run on a login node: no torch. `megatron` is for the files that are made to know it.
+`errors, log` and other files of `megads` itself < `config` < `mcore | report | plan | launch` <
+`model | data | optim` < `checkpoint` < `train` < scripts. A file may import what is below it and its own
+package; `model`, `data` and `optim` do not know each other, nor do `mcore`, `report`, `plan` and `launch`.
+`config`, `report`, `plan` and `launch` run on a login node: no torch. `megatron` is for the files that are
+made to know it.
 """
 
 import ast
@@ -14,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (
-    ("errors", "log", "command_line", "ports", "publish"), ("config",), ("mcore", "report", "plan", "launch"),
+    ("errors", "log", "command_line", "ports", "publish", "tables"), ("config",),
+    ("mcore", "report", "plan", "launch"),
     ("model", "data", "optim"), ("checkpoint",), ("train",),
 )  # fmt: skip
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer}

@@ -1,5 +1,6 @@
 """How tools end: exit codes, one line for a user's mistake, and what signals do."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -48,6 +49,33 @@ def test_a_file_system_that_refuses_is_no_bug_of_ours(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'some/file'\n"
     with pytest.raises(FileNotFoundError):
         run_tool(lambda: Path("no such file").stat().st_size)
+
+
+SAYS_MUCH = """
+import sys
+from megads.command_line import run_tool
+sys.exit(run_tool(lambda: print("\\u65e5\\n" * {lines})))
+"""
+
+
+@pytest.mark.parametrize("lines", [10, 1_000_000])
+def test_output_that_nobody_reads_ends_a_tool_quietly(lines: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SAYS_MUCH.format(lines=lines)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_terminal_without_the_characters_shows_their_numbers() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", SAYS_MUCH.format(lines=1)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert said.stdout == b"\\u65e5\n\n"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
@@ -13,9 +13,6 @@ from megads.data.cleaning.decide import EXAMPLES, Count, ShardReport
 from megads.data.cleaning.run import CleaningResult
 from megads.data.cleaning.scan import CleaningSettings
 from megads.publish import publish_file
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 REPORT_FORMAT = "megads-cleaning-1"
 
@@ -79,32 +76,32 @@ def _source(reports: Sequence[ShardReport]) -> dict[str, Any]:
     }
 
 
-def table(content: dict[str, Any]) -> "Table":
-    """A row per source and reason."""
-    from rich.table import Table
+HEADINGS = ("source", "reason", "documents", "% of source", "MB", "cut in documents", "characters cut")
 
-    rows = Table()
-    rows.add_column("source", overflow="fold")
-    rows.add_column("reason", overflow="fold")
-    for heading in ("documents", "% of source", "MB", "cut in documents", "characters cut"):
-        rows.add_column(heading, justify="right")
-    for name, source in content["sources"].items():
-        total = source["documents"] or 1
-        for reason, count in source["reasons"].items():
-            rows.add_row(
-                name,
-                reason,
-                f"{count['documents']:,}",
-                f"{100 * count['documents'] / total:.2f}",
-                f"{count['text_bytes'] / 1e6:,.2f}",
-                f"{count['documents_cut']:,}",
-                f"{count['characters_cut']:,}",
-            )
-        for label, documents, text_bytes in (
-            ("kept", source["documents_kept"], source["text_bytes_kept_before_cuts"]),
-            ("of", source["documents"], source["text_bytes"]),
-        ):
-            share = f"{100 * documents / total:.2f}"
-            rows.add_row(name, label, f"{documents:,}", share, f"{text_bytes / 1e6:,.2f}", "", "")
-        rows.add_section()
+
+def table_sections(content: dict[str, Any]) -> list[list[list[str]]]:
+    """A section per source, a row per reason, under HEADINGS."""
+    return [_section(name, source) for name, source in content["sources"].items()]
+
+
+def _section(name: str, source: dict[str, Any]) -> list[list[str]]:
+    total = source["documents"] or 1
+    rows = [
+        [
+            name,
+            reason,
+            f"{count['documents']:,}",
+            f"{100 * count['documents'] / total:.2f}",
+            f"{count['text_bytes'] / 1e6:,.2f}",
+            f"{count['documents_cut']:,}",
+            f"{count['characters_cut']:,}",
+        ]
+        for reason, count in source["reasons"].items()
+    ]
+    for label, documents, text_bytes in (
+        ("kept", source["documents_kept"], source["text_bytes_kept_before_cuts"]),
+        ("of", source["documents"], source["text_bytes"]),
+    ):
+        share = f"{100 * documents / total:.2f}"
+        rows.append([name, label, f"{documents:,}", share, f"{text_bytes / 1e6:,.2f}", "", ""])
     return rows
