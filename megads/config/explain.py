@@ -108,7 +108,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[Leaf | None, str]:
 
 def _reason(problem: Any, leaf: Leaf | None) -> str:
     kind, given = problem["type"], problem["input"]
-    shown = _shorten(given)
+    shown = shorten(given)
     if kind == "missing":
         return "is required"
     if kind == "extra_forbidden":
@@ -159,6 +159,7 @@ def _nearest_entry(leaf: Leaf | None, name: Any) -> str:
     return f"; did you mean {close[0]}?" if close else f"; an entry has {', '.join(names)}"
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """As JSON, cut where it is long."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

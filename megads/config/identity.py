@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megads.config.explain import shorten
 from megads.config.schema import Model
 
 HARDWARE_FIELDS = frozenset({
@@ -15,6 +16,8 @@ HARDWARE_FIELDS = frozenset({
 """Fields of `config.model` that choose a kernel or a transport; they may change on resume."""
 
 YARN = "model.mla.rope_scaling"
+
+OF_A_START = frozenset({"checkpointing.load", "checkpointing.init_from", "training.exit_step"})
 
 NEW_RUN_FIELDS = frozenset({
     "model.init_method_std", "model.hidden_dropout", "model.mla.max_context_length", "model.mla.rope_theta",
@@ -53,6 +56,18 @@ def model_differences(
     yield from (found for found in differing if not _is_within(found[0], free))
 
 
+def setting_changes(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Each setting with another value in a run that goes on, in words; both configurations as JSON.
+
+    Left out: what a job is started with (`checkpointing.load`, `training.exit_step`), and settings that came
+    into the schema after the save.
+    """
+    before, after = _flatten(then), _flatten(now)
+    for name in after:
+        if name in before and before[name] != after[name] and name not in OF_A_START:
+            yield f"{name}: {shorten(before[name])}, now {shorten(after[name])}"
+
+
 def _is_within(name: str, fields: Collection[str]) -> bool:
     """Whether `name` is one of `fields`, or a setting of a section that is."""
     return any(name == field or name.startswith(field + ".") for field in fields)
@@ -77,11 +92,12 @@ def _with_defaults(model: dict[str, Any]) -> dict[str, Any]:
         return model  # a field that has gone since then: shown as a difference
 
 
-def _flatten(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
+        path = f"{prefix}.{name}" if prefix else name
         if isinstance(value, dict):
-            leaves |= _flatten(value, f"{prefix}.{name}")
+            leaves |= _flatten(value, path)
         else:
-            leaves[f"{prefix}.{name}"] = value
+            leaves[path] = value
     return leaves

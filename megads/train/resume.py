@@ -9,6 +9,7 @@ from megads.checkpoint import commit
 from megads.checkpoint.compare import check_compatible
 from megads.checkpoint.store import CheckpointStore
 from megads.config import show
+from megads.config.identity import setting_changes
 from megads.config.resolve import Resolved
 from megads.config.schema import Config
 from megads.data.blend import Datasets
@@ -192,7 +193,14 @@ def _tell_differences(
             "the data, their weights or the seed differ from the checkpoint's: samples come in another order "
             "from here on, and some may be seen twice"
         )
+    if record.get("has_average") and config.training.average_decay is None:
+        logger.warning(
+            "the checkpoint holds an average of the weights, and this run keeps none: it is not in the "
+            "checkpoints to come (training.average_decay)"
+        )
     then = record["config"]
+    if changes := list(setting_changes(then, config.model_dump(mode="json"))):
+        logger.info("settings that differ from the checkpoint's:\n%s", "\n".join(f"  {c}" for c in changes))
     before = then["training"]["global_batch_size"] * then["validation"]["eval_steps"]
     now = config.training.global_batch_size * config.validation.eval_steps
     if before != now and state.best_validation_loss is not None:

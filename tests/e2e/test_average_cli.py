@@ -30,3 +30,5 @@ def test_an_average_may_begin_in_the_middle_of_a_run(config: Path) -> None:
     done = pretrain_well("--config", config, *FLAGS)
     assert "holds no average of the weights" in done.stdout + done.stderr
     assert "average_loss" in validations(config.parent / "run")[8]
+    without = pretrain_well("--config", config, "--train-iters", 9)
+    assert "holds an average of the weights, and this run keeps none" in without.stdout

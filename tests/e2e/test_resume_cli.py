@@ -79,6 +79,9 @@ def test_another_batch_size_ends_at_the_same_tokens(config: Path, tmp_path: Path
     pretrain_well(*flags, "--training.exit_step", 4)
     larger = pretrain_well(*flags, "--global-batch-size", 8, "--training.exit_step", 5)
     assert "end with step 6, not with step 4" in larger.stdout
+    changes = larger.stdout.partition("settings that differ from the checkpoint's:\n")[2].splitlines()
+    assert changes[0] == "  training.global_batch_size: 4, now 8"
+    assert not changes[1].startswith("  ")
     assert "validation reads 8 sequences now and has read 4 before" in larger.stdout
     assert "step 5 of 6, stopped" in larger.stdout
     smaller = pretrain_well(*flags, "--global-batch-size", 2)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megads.checkpoint.compare import check_compatible
+from megads.config.identity import setting_changes
 from megads.config.schema import Config
 from megads.errors import CheckpointError
 
@@ -79,3 +80,11 @@ def test_a_field_that_has_gone_is_shown() -> None:
 def test_a_record_without_configuration_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no configuration"):
         check_compatible({}, Config(), None)
+
+
+def test_what_a_run_changes_when_it_goes_on_is_listed() -> None:
+    record = record_of(changed(training={"learning_rate": 1e-3, "exit_step": 5}, experiment_name="a"))
+    del record["config"]["seed"]  # saved before there was such a setting
+    now = changed(training={"learning_rate": 2e-3}, experiment_name="a", seed=7)
+    found = list(setting_changes(record["config"], now.model_dump(mode="json")))
+    assert found == ["training.learning_rate: 0.001, now 0.002"]
