@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megads.command_line import run_tool
-from megads.errors import DataError
+from megads.errors import DataError, EnvironmentSetupError
 
 TOOLS = Path(__file__).resolve().parent
 RECORD = "sample.json"
@@ -46,10 +46,13 @@ def make(output: Path, mb: float, vocab_size: int, overwrite: bool) -> None:
     if found is not None and found != UNFINISHED and (found == wanted or not overwrite):
         print(f"sample data: {output} is there already")
         return
-    output.mkdir(parents=True, exist_ok=True)
     record, corpus, tokenizer = output / RECORD, output / "corpus", output / "tokenizer.model"
-    record.write_text(json.dumps(UNFINISHED), encoding="utf-8")
-    _remove_datasets(output, corpus)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(UNFINISHED), encoding="utf-8")
+        _remove_datasets(output, corpus)
+    except OSError as error:
+        raise EnvironmentSetupError(f"cannot write to {output}: {error}; choose another --output") from error
     _run("make_sample_corpus.py", "--output", corpus, "--mb", mb)
     _run("train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", vocab_size)
     _run("preprocess_dolma.py", "--input-root", corpus, "--output-root", output, "--tokenizer", tokenizer)

@@ -262,8 +262,11 @@ class CheckpointStore:
 
     def _explain(self, error: BaseException) -> str:
         """With the space that is left, before anything is removed: torch says nothing of a full disk."""
-        free = size_text(shutil.disk_usage(self.directory).free)
-        return f"{type(error).__name__}: {error} ({free} free)"
+        try:
+            free = f"{size_text(shutil.disk_usage(self.directory).free)} free"
+        except OSError:  # the directory itself is gone; the other ranks wait for what this one says
+            free = f"{self.directory} is gone"
+        return f"{type(error).__name__}: {error} ({free})"
 
     def _count_failure(self, step: int, reason: str) -> None:
         self._failures += 1

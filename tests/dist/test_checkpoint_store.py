@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -240,6 +241,23 @@ def steps_until_reported(directory: Path) -> tuple[int, str]:
             time.sleep(0.005)
             step += 1
         return step, " ".join(records)
+
+
+def save_where_the_directory_went(directory: Path) -> str:
+    dist.init_process_group("gloo")
+    with open_store(directory) as store:
+        fail_on("write", 0)
+        store.save(1, state_dict(1), {}, {})
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+        dist.barrier()
+        store.wait()
+        return str(store.failure)
+
+
+def test_a_directory_that_is_gone_is_told_by_all_ranks(tmp_path: Path) -> None:
+    for told in run_distributed(2, save_where_the_directory_went, directory=tmp_path / "checkpoints"):
+        assert "is gone" in told
 
 
 def test_a_failed_writer_is_reported_while_training_goes_on(tmp_path: Path) -> None:

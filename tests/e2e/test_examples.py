@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megads.errors import EnvironmentSetupError
 from tests.e2e.commands import ENVIRONMENT, ROOT, Finished, records, run, steps, tool
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.sh"))
@@ -62,6 +63,9 @@ def test_somebodys_own_data_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").touch()
     assert "there already" in tool("make_sample_data.py", "--output", tmp_path).stdout
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+    done = tool("make_sample_data.py", "--output", tmp_path / "tokenizer.model" / "below")
+    assert done.returncode == EnvironmentSetupError.exit_code, done.stderr
+    assert "choose another --output" in done.stderr
 
 
 def test_debug_on_cpu(data: Path, tmp_path: Path) -> None:
