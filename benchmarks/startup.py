@@ -104,7 +104,7 @@ def time_to_first_step(way: Way, threads: int) -> dict[str, Spent]:
             break
     process.wait()
     if FIRST_STEP not in spent:
-        raise RuntimeError(f"{' '.join(way.command)} in {way.checkout}:\n{''.join(lines[-30:])}")
+        raise RuntimeError(f"{' '.join(way.command)} in {way.checkout}:\n{''.join(lines[-100:])}")
     return spent
 
 
