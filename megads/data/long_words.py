@@ -99,14 +99,16 @@ class LongWords:
 
     @cached_property
     def _run(self) -> re.Pattern[str]:
-        kinds = ((kind, excluded, 8 * example) for kind, excluded, example in KINDS)
-        return self._runs(kinds, BEFORE, AFTER)
+        return self._runs((kind, excluded, 8 * example) for kind, excluded, example in KINDS)
 
     @cached_property
     def _run_of_category(self) -> re.Pattern[str]:
         alphabets = {"".join(self._of_category(categories)) for categories in CATEGORIES}
-        kinds = ((_character_class(alphabet), "(?!)", alphabet) for alphabet in sorted(alphabets, key=len))
-        return self._runs(kinds, ("", "\n"), ("", "\n"))
+        # Every character once, and a few of them in all surroundings: all of them there would take a minute.
+        whole = [alphabet for alphabet in sorted(alphabets, key=len) if self._is_one_word(alphabet, "", "")]
+        return self._runs(
+            (_character_class(alphabet), "(?!)", alphabet[:: len(alphabet) // 32]) for alphabet in whole
+        )
 
     def _of_category(self, categories: str) -> Iterator[str]:
         """Characters beyond ASCII; where there is a normal form, those that it leaves alone, and no marks."""
@@ -120,21 +122,34 @@ class LongWords:
             ):
                 yield character
 
-    def _runs(
-        self, kinds: Iterable[tuple[str, str, str]], before: Iterable[str], after: Iterable[str]
-    ) -> re.Pattern[str]:
+    def _runs(self, kinds: Iterable[tuple[str, str, str]]) -> re.Pattern[str]:
         """A pattern of long runs of those kinds that are one word, and hold no added token."""
-        plain = {"added_tokens": [], "normalizer": None, "pre_tokenizer": self._spec["pre_tokenizer"]}
-        model = {"type": "BPE", "vocab": {}, "merges": []}
-        words = tokenizers.Tokenizer.from_str(orjson.dumps(plain | {"model": model}).decode()).pre_tokenizer
         added = [token["content"] for token in self._spec["added_tokens"]]
         patterns = [
             f"{kind}{{{WINDOW_CHARACTERS},}}+(?!{excluded})"
             for kind, excluded, example in kinds
-            if _is_one_word(words, example, before, [text for text in after if not re.match(excluded, text)])
-            and not any(re.search(f"^{kind}+$", text) for text in added)
+            if all(
+                self._is_one_word(example, before, after)
+                for before, after in itertools.product(BEFORE, AFTER)
+                if not re.match(excluded, after)
+            )
+            and not any(re.fullmatch(f"{kind}+", text) for text in added)
         ]
         return re.compile("|".join(patterns) or "(?!)")
+
+    def _is_one_word(self, run: str, before: str, after: str) -> bool:
+        """Whether characters are cut nowhere, and what is around them as it would be around each half."""
+        left, right = self._words(before + run), self._words(run + after)
+        return self._words(before + run + run + after) == [*left[:-1], left[-1] + right[0], *right[1:]]
+
+    def _words(self, text: str) -> list[str]:
+        return [word for word, _ in self._pre_tokenizer.pre_tokenize_str(text)]
+
+    @cached_property
+    def _pre_tokenizer(self) -> tokenizers.pre_tokenizers.PreTokenizer:
+        plain = {"added_tokens": [], "normalizer": None, "pre_tokenizer": self._spec["pre_tokenizer"]}
+        model = {"type": "BPE", "vocab": {}, "merges": []}
+        return tokenizers.Tokenizer.from_str(orjson.dumps(plain | {"model": model}).decode()).pre_tokenizer
 
     def _continued(
         self, pieces: list[NDArray[Any]], overlap: NDArray[Any] | None, ids: NDArray[Any]
@@ -171,21 +186,6 @@ class LongWords:
         _, in_left, in_right = np.intersect1d(left_ends, right_ends, assume_unique=True, return_indices=True)
         same = np.flatnonzero(left[in_left] == right[in_right])
         return (int(in_left[same[0]]), int(in_right[same[0]])) if same.size else None
-
-
-def _is_one_word(
-    words: tokenizers.pre_tokenizers.PreTokenizer, run: str, before: Iterable[str], after: Iterable[str]
-) -> bool:
-    """Whether a run of characters is cut nowhere, and what is around it as it would be around each half."""
-
-    def pieces(text: str) -> list[str]:
-        return [piece for piece, _ in words.pre_tokenize_str(text)]
-
-    for left_of, right_of in itertools.product(before, after):
-        left, right = pieces(left_of + run), pieces(run + right_of)
-        if pieces(left_of + run + run + right_of) != [*left[:-1], left[-1] + right[0], *right[1:]]:
-            return False
-    return True
 
 
 def _character_class(characters: Iterable[str]) -> str:

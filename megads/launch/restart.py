@@ -8,7 +8,6 @@ progress (`progress.py`) is given up.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from megads.config.resolve import checkpoint_directory
 from megads.config.stages import load_stages
 from megads.errors import MegadsError, RunStopped
 from megads.launch.progress import Saved, saved_checkpoints
+from megads.publish import published
 
 FILE_NAME = "restarts.json"
 # The script adds this to the codes of what another try cannot mend: mistakes, and a budget that is spent.
@@ -79,10 +79,8 @@ def _load(path: Path, job: str, saved: frozenset[Saved]) -> Tries:
 
 def _save(path: Path, tries: Tries) -> None:
     content = vars(tries) | {"first": sorted(tries.first), "before": sorted(tries.before)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(path)
+    with published(path) as file:
+        file.write(json.dumps(content).encode())
 
 
 def main(argv: Sequence[str]) -> int:
