@@ -62,7 +62,7 @@ class CheckpointMirror:
         self._mismatches: dict[str, int] = {}
         self._changed = threading.Condition()
         self._asked = self._done = 0
-        self._missing: list[str] = []
+        self._there: set[str] = set()
         self._finishing = False
         self._thread: threading.Thread | None = None
 
@@ -87,8 +87,13 @@ class CheckpointMirror:
                 logger.info("mirror %s: waiting up to %.0f s for it", self.store.url, self._wait_seconds)
             complete = self._changed.wait_for(lambda: self._done >= self._asked, timeout=self._wait_seconds)
         self.stop()
-        if not complete or self._missing:
-            names = ", ".join(self._missing) or "the newest checkpoints"
+        missing = [
+            info.path.name
+            for info, manifest in self._wanted(directory)
+            if self.store.name_of(manifest) not in self._there
+        ]
+        if not complete or missing:
+            names = ", ".join(missing) or "the newest checkpoints"
             logger.warning(
                 "mirror %s: not mirrored when the run ended: %s; they are in %s, and the next run of this "
                 "directory sends them",
@@ -144,17 +149,21 @@ class CheckpointMirror:
 
         Raises StoreUnreachable, or OSError; what was sent until then is not sent again.
         """
-        wanted = commit.kept(_with_manifests(directory), self._keep_last_n, self._keep_best)
-        self._missing = [info.path.name for info, _ in wanted]
         listing = self.store.listing()
-        there = {one.name for one in listing.committed}
+        self._there = {one.name for one in listing.committed}
+        # Not before the store has answered: while it was waited for, newer ones may have been saved.
+        wanted = self._wanted(directory)
         for number, (info, manifest) in enumerate(wanted):
-            if self.store.name_of(manifest) not in there and not self._send(info, manifest):
+            name = self.store.name_of(manifest)
+            if name not in self._there and not self._send(info, manifest):
                 continue
-            self._missing.remove(info.path.name)
+            self._there.add(name)
             if number == 0:
                 self._leave_other_branches(manifest, listing)
         self._prune([self.store.name_of(manifest) for _, manifest in wanted])
+
+    def _wanted(self, directory: Path) -> list[tuple[CheckpointInfo, Manifest]]:
+        return commit.kept(_with_manifests(directory), self._keep_last_n, self._keep_best)
 
     def _send(self, info: CheckpointInfo, manifest: Manifest) -> bool:
         """Send one checkpoint; False where it was deleted meanwhile, or is damaged."""

@@ -115,8 +115,7 @@ def test_an_outage_is_caught_up_with(
     here = tmp_path / "here"
     one = mirror(keep_last_n=1)
     save(here, 1)
-    one.update(here)
-    until(lambda: "is at" in caplog.text or steps_there() == [1])
+    one.catch_up(here)
     server.stop()
     for step in (2, 3, 4):
         save(here, step)
