@@ -7,23 +7,28 @@ it started when a connection breaks, so without this a lost launcher would leave
 The file stands for itself, so that a host needs no more than Python, psutil and this checkout.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import FrameType
 
 import psutil
 
 # torchrun gives its own processes 30 s from SIGTERM to SIGKILL, in which a run saves its checkpoint.
 SECONDS_TO_STOP = 45.0
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def main(command: Sequence[str]) -> int:
     """Run `command` to its end, or until the launcher is gone; the exit code is the command's."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    if sys.platform == "linux":  # what its children leave behind is found among its own
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     gone = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -36,6 +41,7 @@ def main(command: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, on_signal)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     threading.Thread(target=watch, daemon=True).start()
     while process.poll() is None and not gone.wait(0.1):
         pass
@@ -46,16 +52,24 @@ def main(command: Sequence[str]) -> int:
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """SIGTERM, time to save, SIGKILL for what is left of the whole tree."""
-    try:
-        # Taken down first: the children of a process that is gone cannot be found any more.
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
+    """SIGTERM, time to save, SIGKILL for what is left of all that it started."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    # Taken down before too: without a subreaper the children of a process that is gone are not found.
+    known = psutil.Process().children(recursive=True)
     process.terminate()
-    _, alive = psutil.wait_procs(tree, timeout=SECONDS_TO_STOP)
-    for one in alive:
-        one.kill()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(SECONDS_TO_STOP)
+    left = {*known, *psutil.Process().children(recursive=True)}
+    if process.returncode is not None:
+        _signal(left, signal.SIGTERM)  # it may have ended before it could pass it on
+    _, alive = psutil.wait_procs(left, timeout=max(0.0, deadline - time.monotonic()))
+    _signal(alive, signal.SIGKILL)
+
+
+def _signal(processes: Iterable[psutil.Process], number: int) -> None:
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(number)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,9 @@ class _Group:
     def __init__(self, hosts: Sequence[Host], commands: Sequence[Sequence[str]]) -> None:
         self._hosts = hosts
         self._signal: int | None = None
+        # Before anything runs that a signal would leave to itself.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._remember)
         # Sessions of their own: Ctrl-C reaches this process alone, which then stops them in order.
         self._ssh = [
             subprocess.Popen(
@@ -86,8 +89,6 @@ class _Group:
         ]
 
     def run(self) -> int:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._remember)
         for reader in self._readers:
             reader.start()
         try:

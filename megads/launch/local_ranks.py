@@ -83,7 +83,7 @@ class _Ranks:
             if not pid:
                 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
                 os.setsid()
-                _end_with(launcher)
+                end_with(launcher)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
                 return False
             self._ranks.append(_Rank(pid))
@@ -144,14 +144,14 @@ class _Ranks:
             time.sleep(0.05)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _end_with(launcher: int) -> None:
+def end_with(launcher: int) -> None:
     """Have SIGTERM sent to this process when the launcher is killed: it would run on unseen."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # killed before
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

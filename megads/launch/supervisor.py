@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -38,6 +39,7 @@ from megads.errors import (
     RunStopped,
     TrainingError,
 )
+from megads.launch.local_ranks import end_with
 from megads.launch.options import parse_options
 from megads.launch.progress import saved_checkpoints
 
@@ -49,7 +51,7 @@ FINAL = (ConfigError, DataError, EnvironmentSetupError, BudgetReached)
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 TAIL_LINES, SHOWN_LINES = 500, 30  # torchrun writes a long report after the error itself
 SECONDS_FOR_ORPHANS = 10.0
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 KINDS: dict[str, type[MegadsError]] = {
     name: kind
     for name, kind in vars(errors).items()
@@ -200,7 +202,10 @@ class Supervisor:
     def _one_try(self, command: Sequence[str]) -> Ended:
         try:
             process = subprocess.Popen(
-                command, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=_end_with_parent
+                command,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=partial(_end_with, os.getpid()),
             )
         except OSError as error:
             raise EnvironmentSetupError(f"{command[0]} cannot be started: {error}") from error
@@ -311,7 +316,8 @@ def _become_subreaper() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def _end_with_parent() -> None:
-    """In the child: ask for SIGTERM when the supervisor dies, whatever kills it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _end_with(supervisor: int) -> None:
+    """In the child, before it runs the command: have it ended when the supervisor is killed."""
+    # Until then the supervisor's own handler is there, and would swallow the signal.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with(supervisor)

@@ -17,15 +17,15 @@ from typing import Literal
 class Report:
     """One rank's machine. `facts` must be the same on all ranks that tell them, by name.
 
-    `clock_seconds` is its time of day at a moment that is the same for all. `flops_per_second` None: not
-    measured. `hidden` are the directories in which it does not see what rank 0 wrote.
+    `clock_seconds` is its time of day before and after a moment that is the same for all. `flops_per_second`
+    None: not measured. `hidden` are the directories in which it does not see what rank 0 wrote.
     """
 
     rank: int
     host: str
     device: str
     facts: Mapping[str, str]
-    clock_seconds: float
+    clock_seconds: tuple[float, float]
     flops_per_second: float | None = None
     hidden: tuple[str, ...] = ()
 
@@ -76,19 +76,22 @@ def unseen_directories(reports: Sequence[Report]) -> Iterator[Finding]:
 
 
 def skewed_clocks(reports: Sequence[Report], most_seconds: float) -> Iterator[Finding]:
-    """Hosts whose time of day is more than `most_seconds` from the median of all hosts."""
-    # The least of a host: its other ranks may have been late to look.
-    clocks: dict[str, float] = {}
+    """Hosts whose time of day is surely more than `most_seconds` from the median of all hosts.
+
+    A process that was held up has a wide interval around the common moment, and is no skewed clock.
+    """
+    clocks: dict[str, tuple[float, float]] = {}
     for report in reports:
-        clocks[report.host] = min(report.clock_seconds, clocks.get(report.host, report.clock_seconds))
-    usual = median(clocks.values())
-    for host, seconds in clocks.items():
-        skew = seconds - usual
-        if abs(skew) > most_seconds:
-            which = "ahead of" if skew > 0 else "behind"
+        before, after = clocks.get(report.host, report.clock_seconds)
+        clocks[report.host] = max(before, report.clock_seconds[0]), min(after, report.clock_seconds[1])
+    usual_before, usual_after = (median(times) for times in zip(*clocks.values(), strict=True))
+    for host, (before, after) in clocks.items():
+        ahead, behind = before - usual_after, usual_before - after
+        if (skew := max(ahead, behind)) > most_seconds:
+            which = "ahead of" if ahead > behind else "behind"
             yield Finding(
                 "error",
-                f"the clock of {host} is {abs(skew):.1f} s {which} the median of all hosts: set it right "
+                f"the clock of {host} is at least {skew:.1f} s {which} the median of all hosts: set it right "
                 "(NTP; chronyc tracking)",
             )
 

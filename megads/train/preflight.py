@@ -103,8 +103,9 @@ def _gather_reports(config: Config, resolved: Resolved) -> list[Report]:
     dist.broadcast_object_list(token, src=0)
     written = [_write_tokens(config, token[0]) if dist.get_rank() == 0 else []]
     dist.broadcast_object_list(written, src=0)
-    clock_seconds = time.time()
+    before_seconds = time.time()
     dist.barrier()  # processes of a host measure at once, as they will work
+    clock_seconds = before_seconds, time.time()
     rate = None
     if config.distributed.preflight.speed_test:
         dtype, size, seconds = MATMUL[resolved.device]

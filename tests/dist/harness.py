@@ -11,9 +11,10 @@ import queue
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megads.ports import free_port
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.dist.preload"])
@@ -37,11 +38,27 @@ def _from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
+def host_store() -> "TCPStore":
+    """The key-value store of a job, served by this process until it is dropped.
+
+    On a port that the kernel gives as it is listened on: one that was chosen first, for rank 0 to listen on
+    later, could go to another test's job meanwhile.
+    """
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun would set, whose ranks join a store that is there already, as these do."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+
 def _worker(rank: int, size: int, port: int, results: Any, released: Any, job: bytes) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
+    os.environ |= rank_environment(rank, size, port)
     import torch
 
     torch.set_num_threads(1)
@@ -50,7 +67,7 @@ def _worker(rank: int, size: int, port: int, results: Any, released: Any, job: b
         results.put((rank, _to_bytes(function(**kwargs)), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
-    # The others may still be talking to this process: it serves the store, or is the peer of a connection.
+    # The others may still be talking to this process: it is the peer of a connection.
     released.wait(timeout=600)
 
 
@@ -63,9 +80,9 @@ def run_distributed(
     AssertionError with every traceback if a process fails, dies or is not done in time.
     """
     results, released = _context.Queue(), _context.Event()
-    port, job = free_port(), _to_bytes((function, kwargs))
+    store, job = host_store(), _to_bytes((function, kwargs))
     workers = [
-        _context.Process(target=_worker, args=(rank, size, port, results, released, job), daemon=True)
+        _context.Process(target=_worker, args=(rank, size, store.port, results, released, job), daemon=True)
         for rank in range(size)
     ]
     for worker in workers:

@@ -27,7 +27,7 @@ def max_vios(steps: int) -> tuple[list[float], list[float]]:
 
 
 def test_the_bias_balances_what_starts_skewed() -> None:
-    [(with_bias, without)] = run_distributed(1, max_vios, timeout_seconds=120, steps=STEPS)
+    [(with_bias, without)] = run_distributed(1, max_vios, steps=STEPS)
     assert with_bias[0] == without[0] > 6  # two of 16 experts take nearly all
     assert sum(with_bias[-5:]) / 5 < 1.5
     assert min(without) > 2

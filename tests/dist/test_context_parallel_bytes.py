@@ -51,5 +51,5 @@ def test_a_layer_exchanges_the_latent_and_its_gradient(settings: dict[str, Any],
     base, batch, fp32 = tiny.BASE, 3, 4
     latent = base["model.mla.d_latent"] + base["model.mla.qk_rope_head_dim"]
     whole = tiny.SEQ_LENGTH * batch * latent * fp32
-    for found in run_distributed(RANKS, attend, timeout_seconds=120, settings=settings):
+    for found in run_distributed(RANKS, attend, settings=settings):
         assert found == {"_allgather_base_": gathers * whole, "_reduce_scatter_base_": whole // RANKS}

@@ -14,6 +14,7 @@ import torch
 
 from megads.errors import EnvironmentSetupError
 from tests.dist.harness import run_distributed
+from tests.waiting import LONGEST_SECONDS
 
 FACTORIES: dict[str, tuple[Any, ...]] = {
     "arange": (3,), "as_tensor": ([1.0, 2.0],), "empty": (2, 3), "eye": (2,), "full": ((2,), 7.0),
@@ -101,7 +102,7 @@ def install_twice() -> tuple[set[str], set[str]]:
 def new_interpreter() -> Iterator[Callable[..., Any]]:
     """Calls functions in one interpreter that nothing else has used."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield lambda function, *args: pool.submit(function, *args).result(timeout=60)
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=LONGEST_SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +330,7 @@ def communicate() -> dict[str, Any]:
 
 
 def test_collectives() -> None:
-    first, second = run_distributed(2, communicate, timeout_seconds=60)
+    first, second = run_distributed(2, communicate)
     assert (first["uneven"], second["uneven"]) == ([0.0, 1.0, 1.0, 1.0], [0.0, 0.0])
     assert (first["even"], second["even"]) == ([0.0, 10.0], [1.0, 11.0])
     assert (first["reduced"], second["reduced"]) == ([3.0], [5.0])

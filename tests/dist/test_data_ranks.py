@@ -113,10 +113,8 @@ def load_beside_collectives(directory: str, num_workers: int) -> list[list[int]]
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_forked_workers_beside_a_process_group(tmp_path: Path, num_workers: int) -> None:
     write_random_dataset(tmp_path / "a", 0)
-    read = run_distributed(
-        2, load_beside_collectives, 120.0, directory=str(tmp_path), num_workers=num_workers
-    )
-    (alone,) = run_distributed(1, load_beside_collectives, 120.0, directory=str(tmp_path), num_workers=0)
+    read = run_distributed(2, load_beside_collectives, directory=str(tmp_path), num_workers=num_workers)
+    (alone,) = run_distributed(1, load_beside_collectives, directory=str(tmp_path), num_workers=0)
     trained = [
         [batch for step, batch in enumerate(rank) if step not in (0, 1, 2, 13, 14, 15)]
         for rank in (*read, alone)

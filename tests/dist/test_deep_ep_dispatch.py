@@ -25,7 +25,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(processes: int, **settings: Any) -> dict[str, Any]:
-    ranks = run_distributed(processes, train, timeout_seconds=120, settings=settings)
+    ranks = run_distributed(processes, train, settings=settings)
     return {"records": list(tiny.merge([rank["records"] for rank in ranks])), "calls": ranks[0]["calls"]}
 
 

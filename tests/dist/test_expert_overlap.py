@@ -97,7 +97,7 @@ def assert_losses_of_the_usual_schedule(layout: str, settings: dict[str, Any], *
     processes, of_layout = LAYOUTS[layout]
     settings = settings | of_layout | {"training.micro_batch_size": 1}
     expected, found = (
-        list(tiny.merge(run_distributed(processes, function, timeout_seconds=100, settings=settings)))
+        list(tiny.merge(run_distributed(processes, function, settings=settings)))
         for function in (usual, partial(combined, delayed=delayed))
     )
     for mine, other in zip(found, expected, strict=True):

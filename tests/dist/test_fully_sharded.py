@@ -121,7 +121,7 @@ def release(settings: dict[str, Any]) -> int:
 def job(layout: str, function: Any, settings: dict[str, Any] | None = None, **kwargs: Any) -> list[Any]:
     processes, of_layout = LAYOUTS[layout]
     together = of_layout | (settings or {})
-    return run_distributed(processes, function, timeout_seconds=120, settings=together, **kwargs)
+    return run_distributed(processes, function, settings=together, **kwargs)
 
 
 def whole(ranks: list[dict[str, Any]], name: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ def test_a_rank_without_tokens(layout: str) -> None:
     (expected,) = run_distributed(1, run, settings={})
     assert all(sum(loads[4:]) == 0 for record in expected for loads in record["loads"].values())
     processes, settings = tiny.LAYOUTS[layout]
-    for found in run_distributed(processes, run, timeout_seconds=60, settings=settings):
+    for found in run_distributed(processes, run, settings=settings):
         for mine, other in zip(found, expected, strict=True):
             assert mine["losses"] == pytest.approx(other["losses"], rel=1e-5)
             assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)

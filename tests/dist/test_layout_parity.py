@@ -45,7 +45,7 @@ def run(settings: dict[str, Any], masked: bool) -> dict[str, Any]:
 
 def results(layout: str, settings: dict[str, Any], masked: bool) -> dict[str, Any]:
     processes, of_layout = LAYOUTS[layout]
-    ranks = run_distributed(processes, run, timeout_seconds=120, settings=settings | of_layout, masked=masked)
+    ranks = run_distributed(processes, run, settings=settings | of_layout, masked=masked)
     return {
         "start": tiny.assemble([rank["start"] for rank in ranks]),
         "end": tiny.assemble([rank["end"] for rank in ranks]),

@@ -70,9 +70,7 @@ def run(
 def results(layout: str, settings: dict[str, Any], directory: Path, **options: Any) -> list[dict[str, Any]]:
     processes, of_layout = LAYOUTS[layout]
     settings = SETTINGS | settings | of_layout
-    return run_distributed(
-        processes, run, timeout_seconds=120, settings=settings, directory=directory, **options
-    )[0]
+    return run_distributed(processes, run, settings=settings, directory=directory, **options)[0]
 
 
 @pytest.fixture(scope="module")

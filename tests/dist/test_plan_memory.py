@@ -178,7 +178,7 @@ def measure_fully_sharded(settings: dict[str, Any]) -> dict[str, Any]:
 def test_sharded_gradients_and_weights(layout: str) -> None:
     processes, of_layout = LAYOUTS[layout]
     settings = {name: value for name, value in SIZES.items() if "overlap" not in name} | of_layout
-    for rank in run_distributed(processes, measure_fully_sharded, timeout_seconds=120, settings=settings):
+    for rank in run_distributed(processes, measure_fully_sharded, settings=settings):
         for part, (measured, planned) in rank.items():
             assert planned == pytest.approx(measured, rel=0.03), part
 
@@ -186,7 +186,7 @@ def test_sharded_gradients_and_weights(layout: str) -> None:
 def run(layout: str, **changes: Any) -> list[dict[str, Any]]:
     processes, of_layout = LAYOUTS[layout]
     settings = SIZES | {name: value for name, value in of_layout.items() if "overlap" not in name} | changes
-    return run_distributed(processes, measure, timeout_seconds=120, settings=settings)
+    return run_distributed(processes, measure, settings=settings)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_COMPARED)
@@ -255,7 +255,7 @@ def test_less_is_kept_under_tensor_parallelism(changes: dict[str, Any]) -> None:
 def test_activations_grow_with_the_sequence_as_planned() -> None:
     """With a mask they grow with its square, which a formula could miss at one length."""
     changes = {"model.mla.sliding_window": 7, "model.mla.max_context_length": 4 * LENGTH}
-    (rank,) = run_distributed(1, measure_at, timeout_seconds=120, length=4 * LENGTH, settings=SIZES | changes)
+    (rank,) = run_distributed(1, measure_at, length=4 * LENGTH, settings=SIZES | changes)
     ((measured, planned),) = rank["activations"]
     assert planned == pytest.approx(measured, rel=0.02)
 

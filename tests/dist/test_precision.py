@@ -124,7 +124,7 @@ def change_precision(settings: dict[str, Any], first: str, then: str, directory:
 
 def job(layout: str, function: Any, settings: dict[str, Any], **kwargs: Any) -> list[Any]:
     processes, of_layout = LAYOUTS[layout]
-    return run_distributed(processes, function, timeout_seconds=120, settings=of_layout | settings, **kwargs)
+    return run_distributed(processes, function, settings=of_layout | settings, **kwargs)
 
 
 @pytest.fixture(scope="module")

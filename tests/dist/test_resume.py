@@ -104,7 +104,7 @@ def load_and_list(settings: dict[str, Any], directory: Path) -> list[tuple[Any, 
 
 def job(layout: str, function: Any, settings: dict[str, Any], **kwargs: Any) -> list[dict[str, Any]]:
     processes, of_layout = LAYOUTS[layout]
-    return run_distributed(processes, function, timeout_seconds=120, settings=of_layout | settings, **kwargs)
+    return run_distributed(processes, function, settings=of_layout | settings, **kwargs)
 
 
 def whole(ranks: list[dict[str, Any]], when: str) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def assert_acts_like(
     settings: dict[str, Any], changes: dict[str, float], others: dict[str, Any], cut: bool = False
 ) -> None:
     [(scheduled, configured, unchanged)] = run_distributed(
-        1, pair, timeout_seconds=120, settings=settings, changes=changes, others=others, cut=cut
+        1, pair, settings=settings, changes=changes, others=others, cut=cut
     )
     assert scheduled == configured
     assert scheduled != unchanged
@@ -73,11 +73,9 @@ def test_a_short_phase_is_training_on_short_sequences(masked: bool) -> None:
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "cp2", "pp2-vpp2"])
 def test_a_short_phase_is_the_same_in_every_layout(layout: str) -> None:
     changes = {"seq_length": SHORT}
-    [expected] = run_distributed(1, run, timeout_seconds=120, settings={}, changes=changes, cut=False)
+    [expected] = run_distributed(1, run, settings={}, changes=changes, cut=False)
     processes, of_layout = LAYOUTS[layout]
-    for found in run_distributed(
-        processes, run, timeout_seconds=120, settings=of_layout, changes=changes, cut=False
-    ):
+    for found in run_distributed(processes, run, settings=of_layout, changes=changes, cut=False):
         for mine, other in zip(found, expected, strict=True):
             assert mine == pytest.approx(other, rel=1e-4)
 
@@ -96,7 +94,7 @@ def cut_batch() -> dict[str, torch.Tensor]:
 
 
 def test_positions_restart_at_a_cut() -> None:
-    [cut] = run_distributed(1, cut_batch, timeout_seconds=60)
+    [cut] = run_distributed(1, cut_batch)
     assert cut["tokens"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert cut["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
     assert cut["document_ids"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 2]]
@@ -121,7 +119,7 @@ def centred_biases() -> tuple[list[float], list[float]]:
 
 
 def test_centred_updates_keep_the_sum_of_biases() -> None:
-    [(centred, plain)] = run_distributed(1, centred_biases, timeout_seconds=60)
+    [(centred, plain)] = run_distributed(1, centred_biases)
     experts = len(plain)
     assert plain == pytest.approx([-0.1] + [0.1] * (experts - 1))
     mean = 0.1 * (experts - 2) / experts

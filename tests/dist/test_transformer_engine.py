@@ -18,9 +18,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megads.ports import free_port
 from tests.dist import tiny
-from tests.dist.harness import run_distributed
+from tests.dist.harness import host_store, rank_environment, run_distributed
 from tests.dist.test_resume import load, save
 
 pytestmark = pytest.mark.skipif(
@@ -190,8 +189,7 @@ def in_new_processes(
     count: int, function: Any, settings: dict[str, Any], directory: Path, output: Path
 ) -> list[Any]:
     """A function of this file on `count` processes: the results by rank."""
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    store, own = host_store(), os.environ | {"OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-m",
@@ -200,7 +198,7 @@ def in_new_processes(
     ]
     processes = [
         subprocess.Popen(
-            command, env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            command, env=own | rank_environment(rank, count, store.port),
             stderr=subprocess.PIPE, text=True,
         )
         for rank in range(count)

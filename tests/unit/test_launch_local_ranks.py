@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megads.errors import BudgetReached, RunStopped
 from megads.launch import local_ranks
+from tests.waiting import LONGEST_SECONDS, content_of, until
 
 # What is printed before the fork, and not flushed, is to be printed once.
 LAUNCHER = """
@@ -41,7 +42,7 @@ def save(number, frame):
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, save)
 pathlib.Path(sys.argv[1], "ready-" + os.environ["RANK"]).write_text(str(os.getpid()))
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -58,18 +59,11 @@ def start(tmp_path: Path, processes: int, code: str, seconds: float = 30.0) -> "
 
 def wait_until_ready(tmp_path: Path, processes: int) -> list[int]:
     """The process ids of the ranks."""
-    deadline = time.monotonic() + 30
-    while True:
-        files = [tmp_path / f"ready-{rank}" for rank in range(processes)]
-        found = [file.read_text() if file.exists() else "" for file in files]
-        if all(found):
-            return [int(pid) for pid in found]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    return [int(content_of(tmp_path / f"ready-{rank}")) for rank in range(processes)]
 
 
 def test_the_environment_is_torchruns(tmp_path: Path) -> None:
-    out, _ = (job := start(tmp_path, 2, SHOW)).communicate(timeout=30)
+    out, _ = (job := start(tmp_path, 2, SHOW)).communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 0
     loaded, *lines = out.splitlines()
     assert loaded == "loaded 1", "once, with the number of threads that the processes will have"
@@ -88,18 +82,18 @@ if os.environ["RANK"] == "0":
     while not pathlib.Path(sys.argv[1], "ready-1").exists():
         time.sleep(0.02)
     sys.exit(3)
-time.sleep(60)
+time.sleep(600)
 """
-    code = SAVES.replace("time.sleep(60)", fails)
+    code = SAVES.replace("time.sleep(600)", fails)
     job = start(tmp_path, 2, code)
-    assert job.wait(timeout=30) == 3
+    assert job.wait(timeout=LONGEST_SECONDS) == 3
     assert (tmp_path / "saved-1").read_text() == "SIGTERM"
 
 
 def test_a_rank_that_is_killed_is_told(tmp_path: Path) -> None:
     job = start(tmp_path, 2, SAVES)
     os.kill(wait_until_ready(tmp_path, 2)[1], signal.SIGKILL)
-    _, errors = job.communicate(timeout=30)
+    _, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 128 + 9
     assert errors.splitlines() == [
         "rank 1 was ended by SIGKILL; stopping the others",
@@ -109,10 +103,17 @@ def test_a_rank_that_is_killed_is_told(tmp_path: Path) -> None:
 
 def test_a_rank_that_hangs_is_told(tmp_path: Path) -> None:
     """The others time out, and what they say names it no more than themselves."""
-    code = SAVES.replace("time.sleep(60)", "time.sleep(60 if os.environ['RANK'] == '1' else 1); 1 / 0")
-    job = start(tmp_path, 2, code, seconds=0.5)
-    os.kill(wait_until_ready(tmp_path, 2)[1], signal.SIGSTOP)
-    _, errors = job.communicate(timeout=30)
+    times_out = """
+while os.environ["RANK"] == "1" or not pathlib.Path(sys.argv[1], "hangs").exists():
+    time.sleep(0.02)
+1 / 0
+"""
+    job = start(tmp_path, 2, SAVES.replace("time.sleep(600)", times_out), seconds=0.5)
+    other = wait_until_ready(tmp_path, 2)[1]
+    os.kill(other, signal.SIGSTOP)
+    until(lambda: psutil.Process(other).status() == psutil.STATUS_STOPPED)
+    (tmp_path / "hangs").touch()
+    _, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 1
     assert "rank 1 does not end: killed. If others timed out, it is the one they waited for" in errors
     assert "rank 0 does not end" not in errors
@@ -120,9 +121,9 @@ def test_a_rank_that_hangs_is_told(tmp_path: Path) -> None:
 
 def test_whose_traceback_to_read_is_told(tmp_path: Path) -> None:
     """The other ranks lose a peer, and each has a traceback of its own."""
-    code = SAVES.replace("time.sleep(60)", "assert os.environ['RANK'] != '1', 'broken'; time.sleep(60)")
+    code = SAVES.replace("time.sleep(600)", "assert os.environ['RANK'] != '1', 'broken'; time.sleep(600)")
     job = start(tmp_path, 2, code)
-    _, errors = job.communicate(timeout=30)
+    _, errors = job.communicate(timeout=LONGEST_SECONDS)
     assert job.returncode == 1
     last = "the job ended with exit code 1: rank 1 failed first; its traceback is above"
     assert errors.splitlines()[-1] == last
@@ -133,14 +134,14 @@ def test_signals_reach_every_rank_as_they_are(tmp_path: Path, number: signal.Sig
     job = start(tmp_path, 2, SAVES)
     wait_until_ready(tmp_path, 2)
     job.send_signal(number)
-    assert job.wait(timeout=30) == RunStopped.exit_code
+    assert job.wait(timeout=LONGEST_SECONDS) == RunStopped.exit_code
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
 
 
 def test_ranks_that_agreed_to_stop_are_left_to_end_by_themselves(tmp_path: Path) -> None:
     assert set(local_ranks.AGREED) == {RunStopped.exit_code, BudgetReached.exit_code}
-    code = SAVES.replace("time.sleep(60)", "time.sleep(float(os.environ['RANK'])); sys.exit(7)")
-    assert start(tmp_path, 2, code).wait(timeout=30) == BudgetReached.exit_code
+    code = SAVES.replace("time.sleep(600)", "time.sleep(float(os.environ['RANK'])); sys.exit(7)")
+    assert start(tmp_path, 2, code).wait(timeout=LONGEST_SECONDS) == BudgetReached.exit_code
     assert not (tmp_path / "saved-1").exists()
 
 
@@ -149,8 +150,5 @@ def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
     job = start(tmp_path, 2, SAVES)
     wait_until_ready(tmp_path, 2)
     job.kill()
-    job.wait(timeout=30)
-    deadline = time.monotonic() + 30
-    while not all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    job.wait(timeout=LONGEST_SECONDS)
+    until(lambda: all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1)))

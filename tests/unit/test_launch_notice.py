@@ -10,9 +10,17 @@ import pytest
 
 from megads.config.loader import load_config
 from megads.config.validate import find_problems
+from megads.launch import notice
 from megads.launch.notice import SERVICES, Endpoint, NoticeWatch, build_check
+from tests.waiting import LONGEST_SECONDS
 
 TOKEN = "secret-token"
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks and who answers are one busy process here."""
+    monkeypatch.setattr(notice, "ANSWER_SECONDS", LONGEST_SECONDS)
 
 
 class Metadata(ThreadingHTTPServer):
@@ -147,7 +155,7 @@ def test_watch_outlives_a_service_that_is_away(server: Metadata, caplog: pytest.
         return answer
 
     watch = NoticeWatch(check, 0.01)
-    assert watch.noticed.wait(10)
+    assert watch.noticed.wait(LONGEST_SECONDS)
     watch.close()
     assert caplog.text.count("cannot be asked") == 1
 
@@ -159,5 +167,5 @@ def test_watch_asks_again_and_again(server: Metadata) -> None:
     while server.asked < 3:
         assert not watch.noticed.wait(0.01)
     server.noticed = True
-    assert watch.noticed.wait(10)
+    assert watch.noticed.wait(LONGEST_SECONDS)
     watch.close()

@@ -27,7 +27,7 @@ FACTS = {"torch": "2.11.0", "Python": "3.12.4"}
 
 def job(hosts: int, per_host: int = PER_HOST) -> list[Report]:
     return [
-        Report(rank, f"node{rank // per_host}", f"cuda:{rank % per_host}", FACTS, 1000.0, 600e12)
+        Report(rank, f"node{rank // per_host}", f"cuda:{rank % per_host}", FACTS, (1000.0, 1000.0), 600e12)
         for rank in range(hosts * per_host)
     ]
 
@@ -90,20 +90,41 @@ def test_a_directory_that_is_not_shared() -> None:
     )
 
 
-@pytest.mark.parametrize(("skew", "found"), [(30.0, "30.0 s ahead of"), (-7.5, "7.5 s behind"), (4.0, None)])
-def test_clocks(skew: float, found: str | None) -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "found"),
+    [
+        (1030.0, 1030.0, "30.0 s ahead of"),
+        (992.5, 992.5, "7.5 s behind"),
+        (1004.0, 1004.0, None),
+        (1010.0, 1070.0, "10.0 s ahead of"),
+        (920.0, 990.0, "10.0 s behind"),
+    ],
+)
+def test_clocks(before: float, after: float, found: str | None) -> None:
     reports = job(5, per_host=1)
-    reports[2] = replace(reports[2], clock_seconds=1000 + skew)
+    reports[2] = replace(reports[2], clock_seconds=(before, after))
     texts = [finding.text for finding in skewed_clocks(reports, 5)]
     assert len(texts) == (found is not None)
     if found is not None:
-        assert texts[0].startswith(f"the clock of node2 is {found} the median")
+        assert texts[0].startswith(f"the clock of node2 is at least {found} the median")
 
 
-def test_a_late_process_is_no_skewed_clock() -> None:
-    reports = job(3)
-    reports[5] = replace(reports[5], clock_seconds=1060.0)
+@pytest.mark.parametrize("held_up", [(1000.0, 1060.0), (940.0, 1000.0), (940.0, 1060.0)])
+@pytest.mark.parametrize("per_host", [1, PER_HOST])
+def test_a_process_that_is_held_up_is_no_skewed_clock(held_up: tuple[float, float], per_host: int) -> None:
+    reports = job(3, per_host)
+    reports[2] = replace(reports[2], clock_seconds=held_up)
     assert not list(skewed_clocks(reports, 5))
+
+
+def test_a_process_that_is_held_up_hides_no_skewed_clock() -> None:
+    """Its neighbours on the host looked in time."""
+    reports = job(3)
+    for rank in range(4, 8):
+        reports[rank] = replace(reports[rank], clock_seconds=(1030.0, 1030.0))
+    reports[5] = replace(reports[5], clock_seconds=(970.0, 1090.0))
+    [finding] = skewed_clocks(reports, 5)
+    assert finding.text.startswith("the clock of node1 is at least 30.0 s ahead of")
 
 
 def test_a_slow_device_is_named() -> None:

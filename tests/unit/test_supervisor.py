@@ -3,10 +3,8 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megads.config.schema import Config
@@ -14,6 +12,7 @@ from megads.errors import BudgetReached, ConfigError, DataError, MegadsError, Ru
 from megads.launch.progress import saved_checkpoints
 from megads.launch.supervisor import Ended, Policy, describe_run
 from tests.e2e.commands import ROOT
+from tests.waiting import LONGEST_SECONDS, alive, content_of, until
 
 # Saves a checkpoint each time it runs, and is finished with its last.
 TRAINS = """
@@ -44,7 +43,7 @@ def supervise(*command: object, checkpoints: Path, tries: int = 3, stop: float =
 
 def run(*command: object, checkpoints: Path, tries: int = 3) -> subprocess.CompletedProcess[str]:
     words = supervise(sys.executable, "-c", *command, checkpoints=checkpoints, tries=tries)
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(words, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False)
 
 
 def test_killed_twice_it_finishes(tmp_path: Path) -> None:
@@ -107,18 +106,6 @@ sys.exit(1 if worker.wait() else 0)
 """
 
 
-def started(file: Path) -> int:
-    deadline = time.monotonic() + 30
-    while not file.exists() or not file.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return int(file.read_text())
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_signals_are_passed_on(tmp_path: Path, name: str) -> None:
     program = WAITS.format(name=name)
@@ -126,25 +113,26 @@ def test_signals_are_passed_on(tmp_path: Path, name: str) -> None:
     if name == "SIGUSR1":
         inside = [sys.executable, "-c", LAUNCHES, program, tmp_path / "pid"]
     process = subprocess.Popen(supervise(*inside, checkpoints=tmp_path), stderr=subprocess.PIPE, text=True)
-    pid = started(tmp_path / "pid")
+    pid = int(content_of(tmp_path / "pid"))
     process.send_signal(signal.Signals[name])
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=LONGEST_SECONDS)
     assert process.returncode == RunStopped.exit_code, text
-    assert gone(pid)
+    assert not alive(pid)
 
 
 def test_no_process_is_left_behind(tmp_path: Path) -> None:
     """A launcher that was killed leaves its worker, in a session of its own, to the supervisor."""
-    worker = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    file = str(tmp_path / "pid")
+    worker = f"import os, time; open({file!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     program = (
         "import os, signal, subprocess, sys, time\n"
         f"subprocess.Popen([sys.executable, '-c', {worker!r}], start_new_session=True)\n"
-        f"while not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.02)\n"
+        f"while not os.path.exists({file!r}) or not os.path.getsize({file!r}): time.sleep(0.02)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = run(program, checkpoints=tmp_path, tries=1)
     assert done.returncode == TrainingError.exit_code
-    assert gone(started(tmp_path / "pid"))
+    assert not alive(int(content_of(tmp_path / "pid")))
 
 
 def test_who_does_not_stop_is_ended_by_force(tmp_path: Path) -> None:
@@ -156,12 +144,12 @@ time.sleep(600)
 """
     command = supervise(sys.executable, "-c", program, checkpoints=tmp_path, stop=0.3)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    pid = started(tmp_path / "pid")
+    pid = int(content_of(tmp_path / "pid"))
     process.terminate()
-    _, text = process.communicate(timeout=30)
+    _, text = process.communicate(timeout=LONGEST_SECONDS)
     assert process.returncode == 128 + signal.SIGTERM, text
     assert "by force" in text
-    assert gone(pid)
+    assert not alive(pid)
 
 
 def test_the_run_ends_with_its_supervisor(tmp_path: Path) -> None:
@@ -170,13 +158,34 @@ def test_the_run_ends_with_its_supervisor(tmp_path: Path) -> None:
         supervise(sys.executable, "-c", program, tmp_path / "pid", checkpoints=tmp_path),
         stderr=subprocess.PIPE,
     )
-    pid = started(tmp_path / "pid")
+    pid = int(content_of(tmp_path / "pid"))
     process.kill()
-    process.wait(timeout=30)
-    deadline = time.monotonic() + 30
-    while not gone(pid):
-        assert time.monotonic() < deadline
+    process.wait()
+    until(lambda: not alive(pid))
+
+
+# Is killed when it has forked the command, which then has not been started yet.
+KILLED_AT_THE_FORK = """
+import os, pathlib, signal, sys, time
+from megads.launch import supervisor
+end_with = supervisor._end_with
+def late(pid):
+    pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+    while os.getppid() == pid:
         time.sleep(0.02)
+    end_with(pid)
+supervisor._end_with = late
+command = [sys.executable, "-c", "import time; time.sleep(600)"]
+supervisor.Supervisor(command, supervisor.Run(()), supervisor.Policy()).supervise()
+"""
+
+
+def test_a_run_that_is_being_started_ends_with_its_supervisor(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", KILLED_AT_THE_FORK, str(tmp_path / "pid")]
+    assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+    pid = int(content_of(tmp_path / "pid"))
+    until(lambda: not alive(pid))
 
 
 # After the first try it goes back: step 5 again, saved later, as after a spike of the loss.
