@@ -10,6 +10,8 @@ import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import BaseWSGIServer, WSGIRequestHandler, make_server
 
+from megads.ports import free_port
+
 BUCKET = "megads-test"
 
 
@@ -30,7 +32,7 @@ class S3Server:
 
     def start(self) -> None:
         self._server = make_server(
-            "127.0.0.1", self.port, self._answer, threaded=True, request_handler=_Quiet
+            "127.0.0.1", self.port or free_port(), self._answer, threaded=True, request_handler=_Quiet
         )
         self.port = self._server.port
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -1,8 +1,6 @@
 """The page: one HTML file with data, styles, code and plotly.js (MIT licence) in it; it opens from disk."""
 
 import html
-import os
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import orjson
 from plotly.offline import get_plotlyjs
 
 from megads.errors import EnvironmentSetupError
+from megads.publish import published
 from megads.report import summary
 from megads.report.charts import Axes, build_groups
 from megads.report.run import load_run
@@ -66,14 +65,10 @@ def page(title: str, data_json: str) -> str:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file so that a browser that loads it finds the old one or the new one, whole."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        with published(path) as file:
+            file.write(text.encode())
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise EnvironmentSetupError(
             f"cannot write {path}: {error.strerror or error}; choose another --output"
         ) from None

@@ -11,7 +11,8 @@ from typing import Any
 import orjson
 
 ROOT = Path(__file__).parents[2]
-LONGEST_SECONDS = 180.0
+# Bounds a hang: on a busy machine all takes long.
+LONGEST_SECONDS = 600.0
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -61,8 +62,10 @@ def tool(name: str, *arguments: object) -> Finished:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return path
+    """At once: a run may be about to read it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(content), encoding="utf-8")
+    return part.replace(path)
 
 
 def records(output: Path, kind: str | None = None) -> list[dict[str, Any]]:

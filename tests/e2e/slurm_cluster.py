@@ -4,13 +4,15 @@ The nodes are names of this machine (`n1`, `n2`), so jobs run as they would on a
 the first node, `srun` steps over both. The daemons run as root, because SLURM's job steps change users.
 """
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -18,8 +20,8 @@ import psutil
 from megads.ports import free_port
 
 NODES = ("n1", "n2")
-LONGEST_SECONDS = 240.0
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+LONGEST_SECONDS = 600.0
+DAEMONS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
 
 def missing() -> str | None:
@@ -59,7 +61,8 @@ class SlurmCluster:
             "--pid-file", key.with_name("pid"), "--seed-file", key.with_name("seed"),
             "--log-file", key.with_name("log"),
         )  # fmt: skip
-        self.wait_for(self._socket.exists, "munged's socket")
+        # The socket is there before munged listens.
+        self.wait_for(self._munge_answers, "munged")
         self._start("slurmctld", "-D", "-i")
         for node in NODES:
             self.start_node(node)
@@ -68,13 +71,19 @@ class SlurmCluster:
         self._start(node, "-D", "-N", node, program="slurmd")
         self.wait_for(lambda: self.state_of(node) in ("idle", "mixed", "allocated"), f"{node} at work")
 
+    def _munge_answers(self) -> bool:
+        asked = ["munge", "--no-input", "--socket", str(self._socket)]
+        return subprocess.run(asked, capture_output=True, check=False, timeout=60).returncode == 0
+
     @property
     def _socket(self) -> Path:
         return self.directory / "munge" / "socket"
 
     def _write_configuration(self) -> None:
-        controller, *daemons = [free_port() for _ in range(1 + len(NODES))]
-        cores = os.cpu_count() or 1
+        ports: set[int] = set()
+        while len(ports) < 1 + len(NODES):
+            ports.add(free_port())
+        controller, *daemons = ports
         host = socket.gethostname()
         lines = [
             "ClusterName=megads",
@@ -82,8 +91,12 @@ class SlurmCluster:
             f"SlurmctldPort={controller}",
             "SlurmUser=root",
             "AuthType=auth/munge",
-            # Credentials of a job live 5 s (120 s): a requeued job must outwait them.
-            f"AuthInfo=socket={self._socket},cred_expire=5",
+            # A requeued job must outwait the credentials of a job: 20 s instead of 120, and a launch may take
+            # that long.
+            f"AuthInfo=socket={self._socket},cred_expire=20",
+            # The ranks meet at a port that follows from the number of the job: two clusters on this machine
+            # must not have the same ones.
+            f"FirstJobId={100 * random.SystemRandom().randrange(1, 600_000)}",
             f"StateSaveLocation={self.directory}/state",
             f"SlurmdSpoolDir={self.directory}/spool-%n",
             f"SlurmctldPidFile={self.directory}/slurmctld.pid",
@@ -98,15 +111,19 @@ class SlurmCluster:
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_Core",
             "ReturnToService=2",
-            "SlurmdTimeout=10",
+            # On a busy machine nothing is lost for being late.
+            "SlurmdTimeout=300",
+            "MessageTimeout=60",
+            "TCPTimeout=30",
+            "BatchStartTimeout=120",
             "InactiveLimit=0",
-            "KillWait=20",
+            "KillWait=120",
             # A slow machine may take a minute longer than the time limit to save.
             "OverTimeLimit=1",
             "SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=5",
         ]
         lines += [
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cores} RealMemory=1000"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=1000"
             for node, port in zip(NODES, daemons, strict=True)
         ]
         lines += [f"PartitionName=debug Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"]
@@ -123,7 +140,7 @@ class SlurmCluster:
         """What one of SLURM's commands prints; it must succeed."""
         done = subprocess.run(
             [str(word) for word in words], env=os.environ | self.environment, capture_output=True, text=True,
-            check=False, timeout=60,
+            check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -131,7 +148,7 @@ class SlurmCluster:
     def state_of(self, node: str) -> str:
         done = subprocess.run(
             ["sinfo", "--noheader", "--nodes", node, "--format", "%T"],
-            env=os.environ | self.environment, capture_output=True, text=True, check=False,
+            env=os.environ | self.environment, capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         return done.stdout.strip()
 
@@ -152,6 +169,13 @@ class SlurmCluster:
         self.wait_for(reached, f"job {job_id} {' or '.join(states)}")
         return self.job(job_id)
 
+    @contextlib.contextmanager
+    def nothing_starts(self) -> Iterator[None]:
+        """Jobs wait in the queue meanwhile, also those that come back to it; those that run go on."""
+        self.command("scontrol", "update", "PartitionName=debug", "State=DOWN")
+        yield
+        self.command("scontrol", "update", "PartitionName=debug", "State=UP")
+
     def wait_for_restart(self, job_id: str) -> None:
         self.wait_for(lambda: int(self.job(job_id)["Restarts"]) > 0, f"the requeue of job {job_id}")
 
@@ -162,20 +186,24 @@ class SlurmCluster:
             time.sleep(0.2)
 
     def kill_node(self, node: str) -> None:
-        """What a power failure does: the daemon and all that it started are gone at once."""
+        """What a power failure does: the daemon and all that it started are gone at once, and SLURM, which
+        would find out after SlurmdTimeout, is told so.
+        """
         daemon = psutil.Process(self._running.pop(node).pid)
         # Jobs and their keepers (slurmstepd) are no children of the daemon; what they run knows its node.
         victims = [daemon, *daemon.children(recursive=True), *self._steps_of(node)]
         _kill(victims)
+        self.command("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
     def _steps_of(self, node: str) -> Iterable[psutil.Process]:
         for process in psutil.process_iter(["environ"]):
             environment = process.info["environ"] or {}
             if environment.get("SLURMD_NODENAME") == node and self._is_ours(environment):
                 yield process
-                parent = process.parent()
-                if parent is not None and parent.name() == "slurmstepd":
-                    yield parent
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+                    parent = process.parent()
+                    if parent is not None and parent.name() == "slurmstepd":
+                        yield parent
 
     def _is_ours(self, environment: dict[str, str]) -> bool:
         return environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
@@ -191,7 +219,7 @@ class SlurmCluster:
 
     def stop(self) -> None:
         subprocess.run(
-            ["scancel", "--user", "root"], env=os.environ | self.environment, check=False, timeout=60
+            ["scancel", "--user", "root"], env=os.environ | self.environment, check=False, timeout=120
         )
         deadline = time.monotonic() + 10
         while self.processes_of_jobs() and time.monotonic() < deadline:
@@ -200,7 +228,7 @@ class SlurmCluster:
             process.send_signal(signal.SIGTERM)
         for process in self._running.values():
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -30,7 +30,7 @@ def test_limit_refusal_and_raise(config: Path, tmp_path: Path) -> None:
     assert (output / "checkpoints" / f"step_{last:08d}" / "COMMIT.json").is_file()
     costs = [record["cost"] for record in records(output, "train")]
     assert costs == sorted(costs)
-    assert costs[-1] >= 4 > costs[-2]
+    assert costs[-1] >= 4 > max(costs[:-1], default=0)
     marks = [event["share"] for event in records(output, "event") if event["event"] == "budget"]
     assert marks[-1] >= 1
     assert len(alerts.read_text().splitlines()) == len(marks)

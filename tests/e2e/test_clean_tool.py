@@ -165,7 +165,7 @@ def test_sigterm_stops_it_and_the_same_command_goes_on(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert scan.exists()
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
     assert not contents(tmp_path / "out")
     fifo.unlink()

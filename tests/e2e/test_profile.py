@@ -40,7 +40,7 @@ def test_a_window_by_signal(config: Path) -> None:
     try:
         end = time.monotonic() + LONGEST_SECONDS
         asked = False
-        while not list((output / "profile").glob("*.trace.json.gz")):
+        while not list((output / "profile").glob("rank0_*.trace.json.gz")):  # while it is written: .rank0_*
             assert process.poll() is None, "the run ended"
             assert time.monotonic() < end, "no trace appeared"
             if not asked and (output / "metrics.jsonl").exists() and len(records(output, "train")) > 0:
@@ -55,5 +55,5 @@ def test_a_window_by_signal(config: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    [trace] = (output / "profile").glob("*.trace.json.gz")
+    [trace] = (output / "profile").glob("rank0_*.trace.json.gz")
     assert "aten::mm" in operations(trace)

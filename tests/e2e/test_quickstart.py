@@ -3,6 +3,7 @@
 import os
 import pty
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,13 +101,17 @@ def test_ctrl_d_and_ctrl_c_start_nothing(keys: str, config: Path, tmp_path: Path
     with subprocess.Popen(
         [*PROGRAM, "--config", str(config)], stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, cwd=ROOT, env=os.environ | ENVIRONMENT | {"PYTHONUNBUFFERED": "1"},
+        # A shell's background jobs ignore Ctrl-C, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
         assert process.stdout is not None
         read = ""
         while "Processes" not in read:
-            read += process.stdout.read(1)
+            character = process.stdout.read(1)
+            assert character, read
+            read += character
         if keys == "\x03":
-            process.send_signal(2)
+            process.send_signal(signal.SIGINT)
         else:
             os.write(keyboard, keys.encode())
         text, _ = process.communicate(timeout=LONGEST_SECONDS)

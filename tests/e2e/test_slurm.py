@@ -16,6 +16,10 @@ from tests.unit.test_launch_slurm import HOSTILE
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no SLURM can be started: {missing()}")
 
 LAST_STEP = 30
+# Of the run that nothing happened to: those that are stopped are compared with it as far as it goes.
+KNOWN_STEPS = 200
+# Far more than a fast machine takes before what is to happen to a run happens.
+MANY_STEPS = 100_000
 HOSTILE_NAME = "a 'b' \"c\" $(touch bad) `touch bad` \\d; #"
 
 
@@ -57,7 +61,7 @@ class Job:
 
     def train(self, exit_step: int | None, save_interval: int = 0) -> None:
         """Long by its schedules, and ended at `exit_step`."""
-        settings = {"train_steps": 5000, "exit_step": exit_step, "save_interval": save_interval}
+        settings = {"train_steps": MANY_STEPS, "exit_step": exit_step, "save_interval": save_interval}
         self.change(training=settings)
 
     def submit(self, *flags: object) -> list[str]:
@@ -72,11 +76,22 @@ class Job:
 
         self.cluster.wait_for(reached, f"step {step} of {self.output}; its log: {self.log}")
 
+    def go_on_from_where_it_stopped(self, save_interval: int = 0) -> int:
+        """A little longer, from the step it stopped at, which is returned."""
+        stopped_at = steps(self.output)[-1]
+        self.train(stopped_at + 5, save_interval)
+        return stopped_at
+
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
 
-    def losses(self) -> dict[int, float]:
-        return losses(self.output)
+    def check_losses(self, uninterrupted: dict[int, float]) -> None:
+        """Each step once, and those of a run that was not interrupted, as far as that went."""
+        found = losses(self.output)
+        assert steps(self.output) == list(range(1, max(found) + 1))
+        assert {step: loss for step, loss in found.items() if step <= KNOWN_STEPS} == {
+            step: loss for step, loss in uninterrupted.items() if step <= max(found)
+        }
 
 
 def launch(cluster: SlurmCluster, *arguments: object) -> Finished:
@@ -93,8 +108,8 @@ def job(cluster: SlurmCluster, config: Path, tmp_path: Path) -> Job:
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The losses of a run on two processes that nothing happened to, SLURM neither."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    flags = ("--config", tiny_config(data, directory), "--training.train_steps", 5000)
-    pretrain_well(*flags, "--training.exit_step", LAST_STEP, processes=2)
+    flags = ("--config", tiny_config(data, directory), "--training.train_steps", MANY_STEPS)
+    pretrain_well(*flags, "--training.exit_step", KNOWN_STEPS, processes=2)
     return losses(directory / "run")
 
 
@@ -117,52 +132,55 @@ def test_a_run_on_two_nodes(job: Job, uninterrupted: dict[int, float]) -> None:
     assert f"JobName={HOSTILE_NAME}\n" in shown
     assert f"Comment={' '.join(HOSTILE)}" in shown
     assert not list(ROOT.glob("bad*"))
-    assert job.losses() == uninterrupted
+    job.check_losses(uninterrupted)
 
 
 def test_the_time_limit_saves_and_requeues(job: Job, uninterrupted: dict[int, float]) -> None:
     job.train(None)
     (number,) = job.submit("--distributed.slurm.signal_seconds", 5)
     job.wait_for_step(3)
-    # The end of the minute that it is in: the limit must not hit the start on a slow machine.
-    hours, minutes, _ = map(int, job.cluster.job(number)["RunTime"].split(":"))
-    job.cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={60 * hours + minutes + 1}")
-    job.cluster.wait_for(lambda: "SIGUSR1 received: saving and stopping" in job.said(), "the signal")
-    job.cluster.wait_for(lambda: "a checkpoint was saved" in job.said(), "the end of the try")
-    stopped_at = steps(job.output)[-1]
-    job.train(stopped_at + 5)
-    job.cluster.wait_for_restart(number)
-    job.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    with job.cluster.nothing_starts():
+        # The end of the minute that it is in: the limit must not hit the start on a slow machine.
+        hours, minutes, _ = map(int, job.cluster.job(number)["RunTime"].split(":"))
+        job.cluster.command("scontrol", "update", f"JobId={number}", f"TimeLimit={60 * hours + minutes + 1}")
+        job.cluster.wait_for_restart(number)
+        assert "SIGUSR1 received: saving and stopping" in job.said()
+        assert "a checkpoint was saved" in job.said()
+        stopped_at = job.go_on_from_where_it_stopped()
+        job.cluster.command("scontrol", "update", f"JobId={number}", "TimeLimit=10")
     job.cluster.wait_for_job(number, "COMPLETED")
     assert f"resumed after step {stopped_at}" in job.said()
-    assert steps(job.output) == list(range(1, stopped_at + 6))
-    assert {step: loss for step, loss in job.losses().items() if step <= LAST_STEP} == {
-        step: loss for step, loss in uninterrupted.items() if step <= stopped_at + 5
-    }
+    assert steps(job.output)[-1] == stopped_at + 5
+    job.check_losses(uninterrupted)
 
 
 def test_a_dead_node_is_survived(job: Job, uninterrupted: dict[int, float]) -> None:
-    job.train(LAST_STEP, save_interval=4)
+    job.train(None, save_interval=4)
     (number,) = job.submit()
     job.wait_for_step(6)
-    job.cluster.kill_node(NODES[1])
-    job.cluster.wait_for_restart(number)
+    with job.cluster.nothing_starts():
+        job.cluster.kill_node(NODES[1])
+        job.cluster.wait_for_restart(number)
+        job.go_on_from_where_it_stopped(save_interval=4)
     job.cluster.start_node(NODES[1])
     job.cluster.wait_for_job(number, "COMPLETED")
     assert "resumed after step" in job.said()
-    assert job.losses() == uninterrupted
+    job.check_losses(uninterrupted)
 
 
 def test_a_chain_goes_on_where_the_job_before_it_stopped(job: Job, uninterrupted: dict[int, float]) -> None:
-    job.train(LAST_STEP)
+    job.train(None)
     first, second, third = job.submit("--chain", 3)
-    job.wait_for_step(1)  # the sooner, the more steps are left until the signal arrives
-    job.cluster.command("scancel", "--signal=USR1", first)
-    assert job.cluster.wait_for_job(first, "FAILED")["ExitCode"] == "75:0"
+    job.wait_for_step(1)
+    with job.cluster.nothing_starts():
+        job.cluster.command("scancel", "--signal=USR1", first)
+        assert job.cluster.wait_for_job(first, "FAILED")["ExitCode"] == "75:0"
+        stopped_at = job.go_on_from_where_it_stopped()
     job.cluster.wait_for_job(second, "COMPLETED")
     job.cluster.wait_for_job(third, "CANCELLED")
-    assert "resumed after step" in job.said()
-    assert job.losses() == uninterrupted
+    assert f"resumed after step {stopped_at}" in job.said()
+    assert steps(job.output)[-1] == stopped_at + 5
+    job.check_losses(uninterrupted)
 
 
 def test_cancelling_saves_leaves_nobody_and_does_not_come_back(job: Job) -> None:
@@ -212,7 +230,7 @@ def test_preprocessing_as_an_array_gives_the_files_of_one_process(
     assert cluster.command("squeue", "--noheader", "--job", array) == ""
     expected = {path.relative_to(data): path.read_bytes() for path in data.rglob("*.bin")}
     assert {path.relative_to(made): path.read_bytes() for path in made.rglob("*.bin")} == expected
-    (verified,) = tmp_path.glob(f"*{check}*.log")
+    (verified,) = tmp_path.glob(f"*-{check}-*.log")
     assert f"{len(expected)} datasets" in verified.read_text()
     assert "0 problems" in verified.read_text()
     assert tool("verify_dataset.py", made, "--quick").returncode == 0

@@ -2,15 +2,15 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import orjson
 import psutil
 import pytest
 
@@ -20,6 +20,7 @@ from megads.checkpoint.object_store import ObjectStore
 from megads.errors import RunStopped, TrainingError
 from tests.e2e.commands import (
     ENVIRONMENT,
+    LONGEST_SECONDS,
     ROOT,
     Finished,
     pretrain,
@@ -28,6 +29,7 @@ from tests.e2e.commands import (
     records,
     run,
     steps,
+    write_json,
 )
 from tests.s3_server import BUCKET, S3Server, s3_server
 
@@ -65,22 +67,30 @@ def test_a_lost_machine_is_restored_from_the_mirror(config: Path, tmp_path: Path
 
 
 def test_the_store_is_lost_and_comes_back(config: Path, tmp_path: Path, server: S3Server) -> None:
-    """Gone while training goes on; the mirror has caught up when the run ends."""
+    """Gone from the first checkpoint on, while it is sent; the mirror has caught up when the run ends."""
     output = tmp_path / "run"
     log = output / "logs" / "rank0.log"
+    gone, back = threading.Event(), threading.Event()
 
-    def outage() -> None:
-        _wait_until((output / "metrics.jsonl").exists)
-        server.stop()
+    def outage(method: str, path: str) -> bool:
+        if method == "PUT" and "/step_" in path and not gone.is_set():
+            gone.set()
+            server.stop()
+        return gone.is_set() and not back.is_set()
+
+    def end_of_outage() -> None:
         # Until training is at its end, and the mirror has found out.
-        _wait_until(lambda: _newest_step(output) == STEPS and "training goes on" in log.read_text())
+        _wait_until(lambda: gone.is_set() and _newest_step(output) == STEPS)
+        _wait_until(lambda: "training goes on" in log.read_text())
+        back.set()
         server.start()
 
-    thread = threading.Thread(target=outage, daemon=True)
+    server.fails = outage
+    thread = threading.Thread(target=end_of_outage, daemon=True)
     thread.start()
     pretrain_well("--config", config, *SAVES, "--checkpointing.mirror.url", URL)
     thread.join(timeout=60)
-    assert not thread.is_alive()
+    assert back.is_set()
     assert steps(output) == list(range(1, STEPS + 1))
     assert ObjectStore(URL).listing().committed[0].manifest.step == STEPS
 
@@ -91,7 +101,7 @@ def _newest_step(output: Path) -> int | None:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONGEST_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -130,31 +140,42 @@ def test_notice_saves_and_stops_all_ranks(config: Path, tmp_path: Path) -> None:
     assert newest.step == steps(tmp_path / "run")[-1]
 
 
-def supervise_command(*flags: object, tries: int) -> list[str]:
+def supervise_command(command: Sequence[str], tries: int) -> list[str]:
     options = ["--tries", str(tries), "--backoff-seconds", "0.1"]
-    return [sys.executable, str(ROOT / "tools" / "supervise.py"), *options, "--", *pretrain_command(*flags)]
+    return [sys.executable, str(ROOT / "tools" / "supervise.py"), *options, "--", *command]
 
 
 def test_a_run_that_is_killed_twice_finishes(config: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    flags = ("--config", config, "--train-iters", 30, "--save-interval", 5)
-    pretrain_well(*flags, "--output_dir", tmp_path / "whole")
+    """Without an end until the second kill, however late that is; it gets one while the third try waits."""
+    output, closed = tmp_path / "run", tmp_path / "closed"
+    flags = ("--config", config, "--train-iters", 100_000, "--save-interval", 5)
+    waiting = ("bash", "-c", 'while [ -e "$0" ]; do sleep 0.05; done; exec "$@"', str(closed))
     supervisor = subprocess.Popen(
-        supervise_command(*flags, tries=2), cwd=ROOT, env=os.environ | ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        supervise_command([*waiting, *pretrain_command(*flags)], tries=2), cwd=ROOT,
+        env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    for step in (5, 10):
-        _kill_after(psutil.Process(supervisor.pid), output, step)
-    _, text = supervisor.communicate(timeout=180)
+    for _ in range(2):
+        closed.unlink(missing_ok=True)
+        _wait_for_a_checkpoint(output)
+        closed.touch()
+        [child] = psutil.Process(supervisor.pid).children()
+        child.kill()
+        child.wait(LONGEST_SECONDS)
+    settings = orjson.loads(config.read_bytes())
+    settings["training"]["exit_step"] = steps(output)[-1] + 5
+    write_json(config, settings)
+    closed.unlink()
+    _, text = supervisor.communicate(timeout=LONGEST_SECONDS)
     assert supervisor.returncode == 0, text
     assert text.count("ended by SIGKILL") == 2
+    pretrain_well(*flags, "--output_dir", tmp_path / "whole")
     assert losses(output) == losses(tmp_path / "whole")
 
 
-def _kill_after(supervisor: psutil.Process, output: Path, step: int) -> None:
-    _wait_until(lambda: (_newest_step(output) or 0) >= step)
-    for child in supervisor.children():
-        child.send_signal(signal.SIGKILL)
+def _wait_for_a_checkpoint(output: Path) -> None:
+    """Later than those that are there."""
+    earlier = _newest_step(output) or 0
+    _wait_until(lambda: (_newest_step(output) or 0) > earlier)
 
 
 def test_a_run_that_always_fails_is_given_up(config: Path, tmp_path: Path) -> None:
@@ -162,7 +183,7 @@ def test_a_run_that_always_fails_is_given_up(config: Path, tmp_path: Path) -> No
     directory = tmp_path / "run" / "checkpoints"
     directory.mkdir(parents=True)
     lease = DirectoryLease(directory)
-    done: Finished = run(supervise_command("--config", config, tries=2))
+    done: Finished = run(supervise_command(pretrain_command("--config", config), tries=2))
     lease.release()
     assert done.returncode == TrainingError.exit_code, done.stderr
     assert "2 tries in a row" in done.stderr

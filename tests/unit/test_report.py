@@ -113,6 +113,22 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
         write_report(tmp_path / "run", tmp_path / "file" / "report.html")
 
 
+def test_a_signal_while_the_page_is_written_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run", records=5)
+    before = sorted(run.iterdir())
+
+    def stop(*paths: object) -> None:
+        raise SystemExit(143)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, stop)
+    with pytest.raises(SystemExit):
+        write_report(run, run / "report.html")
+    assert sorted(run.iterdir()) == before
+
+
 def test_a_run_without_a_training_record_has_a_page(tmp_path: Path) -> None:
     append(tmp_path, run_record(0, 100))
     write_report(tmp_path, tmp_path / "report.html")
