@@ -130,4 +130,9 @@ def _pretrain(stages: Sequence[Stage], world_size: int, only: str | None) -> Non
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    # Python gives its handlers up before it has taken the libraries down, which takes a while: a stop request
+    # that comes then must not make a finished run one that was killed.
+    for late in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(late, signal.SIG_IGN)
+    sys.exit(exit_code)

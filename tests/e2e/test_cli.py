@@ -1,6 +1,7 @@
 """`--help`, `--dry-run`, `extends` and flags: what a user meets before anything is trained."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -57,6 +58,27 @@ def test_dry_run_says_what_would_run_and_touches_nothing(tmp_path: Path) -> None
     assert "4 on cpu (gloo), fp32: TP 2 with SP x PP 1 x CP 1 x DP 2" in done.stdout
     assert "distributed.tensor_parallel_size = 2" in done.stdout
     assert not output.exists()
+
+
+SIGNALLED_AT_ITS_END = """
+import builtins, os, runpy, signal, sys
+class Late:
+    def __init__(self, number):
+        self.send, self.say, self.pid, self.number = os.kill, os.write, os.getpid(), number
+    def __del__(self):  # when Python takes the modules down
+        self.send(self.pid, self.number)
+        self.say(2, b"survived")
+builtins.late = Late(int(sys.argv[1]))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_after_the_end_does_not_change_the_exit_code(number: signal.Signals) -> None:
+    flags = ("--config", "configs/debug.json", "--dry-run")
+    done = run([sys.executable, "-c", SIGNALLED_AT_ITS_END, int(number), "pretrain_megads.py", *flags])
+    assert (done.returncode, done.stderr) == (0, "survived")
 
 
 def test_processes_to_start_here_are_planned_and_not_added_to_those_of_a_launcher() -> None:
