@@ -6,8 +6,6 @@ them all: what they were writing is discarded, what they had finished stays.
 """
 
 import os
-import resource
-import sys
 import time
 import traceback
 from collections import deque
@@ -24,6 +22,7 @@ from megads.data.recipe import Recipe
 from megads.data.shards import Shard, convert_shard
 from megads.data.workers import start_helper_process
 from megads.errors import DataError, MegadsError
+from megads.resident import peak_resident_bytes
 
 TELL_SECONDS = 0.2
 
@@ -86,12 +85,7 @@ def _timed(shard: Shard, encoder: Encoder, on_progress: Callable[[int, int], Non
             on_progress(input_bytes, text_bytes)
 
     record = convert_shard(shard, encoder, tell)
-    return Converted(shard, record, time.monotonic() - begun, _peak_memory_bytes())
-
-
-def _peak_memory_bytes() -> int:
-    in_kilobytes = sys.platform != "darwin"
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if in_kilobytes else 1)
+    return Converted(shard, record, time.monotonic() - begun, peak_resident_bytes())
 
 
 class _Pool:

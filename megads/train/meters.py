@@ -8,8 +8,6 @@ and time left.
 import functools
 import math
 import os
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megads.resident import peak_resident_bytes
 
 INTERVALS_FOR_TIME_LEFT = 10
 
@@ -293,8 +293,7 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+    return peak_resident_bytes()
 
 
 def memory_bytes(device: torch.device | str) -> int:

@@ -121,11 +121,10 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     from megads.plan.activations import SavedActivations
     from megads.plan.memory import in_flight
 
-    tiny.SEQ_LENGTH = LENGTH
     step = tiny.start(settings)
     models = [unwrap(chunk) for chunk in step.chunks]
     saved, schedule = [Saved(model) for model in models], Schedule(models)
-    batches = tiny.micro_batches(step, tiny.global_batch(0))
+    batches = tiny.micro_batches(step, tiny.global_batch(0, seq_length=LENGTH))
     assert step.train(iter(batches), len(batches), tiny.scalars(step)).applied
 
     rank, resolved = parallel_state.get_pipeline_model_parallel_rank(), step.resolved
@@ -153,9 +152,8 @@ def measure_fully_sharded(settings: dict[str, Any]) -> dict[str, Any]:
 
     from megads.config.memory import stage_memory
 
-    tiny.SEQ_LENGTH = LENGTH
     step = tiny.start(settings)
-    batches = tiny.micro_batches(step, tiny.global_batch(0))
+    batches = tiny.micro_batches(step, tiny.global_batch(0, seq_length=LENGTH))
     assert step.train(iter(batches), len(batches), tiny.scalars(step)).applied
     step.forget_gathered()  # the next step's first layers
     (chunk,) = step.chunks

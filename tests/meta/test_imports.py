@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = (
-    ("errors", "log", "command_line", "ports", "publish", "tables"), ("config",),
+    ("errors", "log", "command_line", "ports", "publish", "resident", "tables"), ("config",),
     ("mcore", "report", "plan", "launch"),
     ("model", "data", "optim"), ("checkpoint",), ("train",),
 )  # fmt: skip

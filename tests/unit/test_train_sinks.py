@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megads.config.schema import Config
 from megads.errors import EnvironmentSetupError
@@ -154,7 +155,9 @@ def test_tensorboard_shows_the_load_of_experts(tmp_path: Path):
     assert grey.tolist() == [[127] * 4, [0, 0, 63, 255]]
 
 
-def test_tensorboard_forgets_what_is_done_again(tmp_path: Path):
+def test_tensorboard_forgets_what_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Files of one second and process are read by these numbers, as texts.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for resumed_step, last, loss in ((0, 7, 1.0), (4, 9, 2.0)):
         sink = TensorBoardSink(tmp_path, resumed_step)
         for step in range(resumed_step + 1, last + 1):
