@@ -69,7 +69,7 @@ def packed_and_alone(directory: str) -> Any:
 
 def test_packed_losses_are_those_of_conversations_alone(tmp_path: Path) -> None:
     write_conversations(tmp_path / "chat")
-    (results,) = run_distributed(1, packed_and_alone, 120.0, directory=str(tmp_path))
+    (results,) = run_distributed(1, packed_and_alone, directory=str(tmp_path))
     assert max(conversations for conversations, _, _ in results) > 2, "sequences hold several"
     for _, (sums, counts), (expected_sums, expected_counts) in results:
         assert len(counts) == 1 + tiny.BASE["training.num_predict_tokens"] - 1
