@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,19 @@ def test_a_run_on_two_nodes(job: Job, uninterrupted: dict[int, float]) -> None:
     assert f"Comment={' '.join(HOSTILE)}" in shown
     assert not list(ROOT.glob("bad*"))
     job.check_losses(uninterrupted)
+
+
+def test_a_port_that_is_taken_costs_one_try(job: Job) -> None:
+    job.train(2)
+    with job.cluster.nothing_starts():
+        (number,) = job.submit()
+        port = 20000 + int(number) % 10000
+        holder = socket.create_server(("", port))
+    with holder:
+        job.cluster.wait_for_job(number, "COMPLETED")
+    assert f"try 0 on n1 n2, ranks meet at 127.0.0.1:{port}" in job.said()
+    assert re.search(r"try 1 on n1 n2, ranks meet at 127\.0\.0\.1:\d+", job.said())
+    assert steps(job.output) == [1, 2]
 
 
 def test_the_time_limit_saves_and_requeues(job: Job, uninterrupted: dict[int, float]) -> None:
