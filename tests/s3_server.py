@@ -1,5 +1,6 @@
 """An S3-speaking server (moto's) on a port of this machine, which can be away, and fail on order."""
 
+import socket
 import threading
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
@@ -28,13 +29,16 @@ class S3Server:
         self.requests: list[tuple[str, str]] = []
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server: BaseWSGIServer | None = None
-        self.port = 0
+        # Bound and never listening: nobody else gets the port while the server is away.
+        self._held = socket.socket()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._held.bind(("127.0.0.1", 0))
+        self.port: int = self._held.getsockname()[1]
 
     def start(self) -> None:
         self._server = make_server(
             "127.0.0.1", self.port or free_port(), self._answer, threaded=True, request_handler=_Quiet
         )
-        self.port = self._server.port
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
@@ -42,6 +46,11 @@ class S3Server:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
+
+    def close(self) -> None:
+        """Stop for good."""
+        self.stop()
+        self._held.close()
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
@@ -77,10 +86,12 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     for name, value in server.environment.items():
         patch.setenv(name, value)
     patch.setattr(s3fs.S3FileSystem, "retries", 1)
+    for name in ("connect_timeout", "read_timeout"):  # a slow machine is no outage
+        patch.setattr(s3fs.S3FileSystem, name, 60)
     client = boto3.client("s3", endpoint_url=server.environment["AWS_ENDPOINT_URL"])
     client.create_bucket(Bucket=BUCKET)
     try:
         yield server
     finally:
-        server.stop()
+        server.close()
         s3fs.S3FileSystem.clear_instance_cache()

@@ -2,9 +2,10 @@
 
 import json
 import logging
+import os
+import select
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -28,11 +29,12 @@ json.dump({k: v for k, v in os.environ.items() if k.startswith("MEGADS_ALERT_")}
 
 
 class Webhook(HTTPServer):
-    """A local server that keeps what it is posted and answers with `status` after `seconds`."""
+    """A local server that keeps what it is posted, and answers with `status` when `answers` is set."""
 
     def __init__(self) -> None:
         self.received: list[tuple[str, str, Any]] = []
-        self.status, self.seconds = 200, 0.0
+        self.status, self.answers = 200, threading.Event()
+        self.answers.set()
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -46,7 +48,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.received.append((self.path, self.headers["Content-Type"], json.loads(body)))
-        time.sleep(self.server.seconds)
+        self.server.answers.wait()
         self.send_response(self.server.status)
         self.end_headers()
 
@@ -60,13 +62,14 @@ def webhook() -> Iterator[Webhook]:
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
+    server.answers.set()
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def send(**settings: Any) -> None:
-    alerts = Alerts(Budget(max_hours=1, **settings))
+def send(alert_timeout_seconds: float = 60.0, **settings: Any) -> None:
+    alerts = Alerts(Budget(max_hours=1, alert_timeout_seconds=alert_timeout_seconds, **settings))
     alerts.send(FACTS)
     alerts.close()
 
@@ -110,7 +113,7 @@ def test_a_refusing_webhook_is_logged_without_its_secret(
 
 
 def test_a_slow_webhook_is_not_waited_for(webhook: Webhook, caplog: pytest.LogCaptureFixture) -> None:
-    webhook.seconds = 1.0
+    webhook.answers.clear()
     with caplog.at_level(logging.WARNING):
         send(alert_webhook=webhook.url, alert_timeout_seconds=0.2)
     assert "cannot be reached: timed out" in caplog.text
@@ -139,7 +142,18 @@ def test_failures_are_logged(settings: Any, said: str, caplog: pytest.LogCapture
 
 
 def test_a_child_of_the_command_does_not_outlive_its_time(tmp_path: Path) -> None:
-    script = f"(sleep 1.5; touch {tmp_path}/late) & sleep 60"
-    send(alert_command=("sh", "-c", script), alert_timeout_seconds=0.3)
-    time.sleep(1.8)
-    assert not (tmp_path / "late").exists()
+    """A pipe that all of them can write to is at its end when the last of them is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    os.close(os.open(pipe, os.O_WRONLY))  # the end of one that nobody ever wrote to is not told
+    try:
+        script = 'exec > "$1"; sleep 600 & echo begun; wait'
+        send(alert_command=("sh", "-c", script, "sh", str(pipe)), alert_timeout_seconds=1.0)
+        os.set_blocking(reader, True)
+        ended = False
+        while not ended:
+            assert select.select([reader], [], [], 30)[0], "the child lives on"
+            ended = os.read(reader, 100) == b""
+    finally:
+        os.close(reader)
