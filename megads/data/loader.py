@@ -106,7 +106,7 @@ class Loader(Iterator[dict[str, Tensor]]):
 
     def __init__(self, loader: DataLoader[dict[str, Tensor]]) -> None:
         self._loader = loader
-        self._batches: Iterator[Any] | None = None
+        self._batches: Any = None
 
     def __iter__(self) -> Self:
         return self
@@ -133,7 +133,15 @@ class Loader(Iterator[dict[str, Tensor]]):
 
     def close(self) -> None:
         """End the worker processes now; otherwise they end with this object."""
-        self._batches = None
+        batches, self._batches = self._batches, None
+        if batches is None or self._loader.num_workers == 0:
+            return
+        # Not when its last reference goes: an error on its way up holds one.
+        batches._shutdown_workers()
+        # It asks them to end, waits five seconds for each, and sends a SIGTERM, which they ignore.
+        for worker in batches._workers:
+            worker.kill()
+            worker.join()
 
 
 def build_loader(

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -123,13 +122,9 @@ def test_help_is_grouped_and_tells_default_unit_and_source() -> None:
 
 def test_help_is_quick_and_imports_no_torch() -> None:
     program = (
-        "import sys; from megads.config.flags import build_parser; build_parser().format_help(); "
-        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
+        "import sys, time; from megads.config.flags import build_parser; build_parser().format_help(); "
+        "assert 'torch' not in sys.modules and 'megatron' not in sys.modules; print(time.process_time())"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", program], check=True)
-        seconds.append(time.perf_counter() - start)
-    # 0.35 s on a quiet machine; the bound leaves room for a busy one.
-    assert min(seconds) < 1.5
+    seconds = [float(subprocess.check_output([sys.executable, "-c", program])) for _ in range(3)]
+    # 0.35 s of processor time, of which other programs take nothing; the bound leaves room for slow ones.
+    assert min(seconds) < 2

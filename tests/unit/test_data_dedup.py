@@ -392,13 +392,10 @@ def test_kills_at_every_kind_of_moment_change_nothing(tmp_path: Path) -> None:
     settings = CleaningSettings(near=NearSettings(), min_paragraph_characters=40)
     run(tmp_path / "whole", settings, "a")
     kills = 0
-    while (process := os.fork()) == 0 or os.waitpid(process, 0)[1] != 0:
-        if process == 0:
-            die_at_replace(rng.randrange(1, 4), before=kills % 2 == 0)
-            run(tmp_path / "killed", settings, "a")
-            os._exit(0)
+    while (status := status_of_a_run_that_dies(tmp_path / "killed", settings, rng, kills)) == signal.SIGKILL:
         kills += 1
         rng.random()
+    assert status == 0
     assert kills > 5
     whole, killed = (
         {name: content for name, (_, content) in snapshot(tmp_path / directory / "removals").items()}
@@ -406,6 +403,20 @@ def test_kills_at_every_kind_of_moment_change_nothing(tmp_path: Path) -> None:
     )
     assert killed == whole
     assert len(whole) == 4
+
+
+def status_of_a_run_that_dies(
+    directory: Path, settings: CleaningSettings, rng: random.Random, kills: int
+) -> int:
+    """Of a forked process, as `os.waitpid` gives it."""
+    if process := os.fork():
+        return os.waitpid(process, 0)[1]
+    try:
+        die_at_replace(rng.randrange(1, 4), before=kills % 2 == 0)
+        run(directory, settings, "a")
+        os._exit(0)
+    finally:
+        os._exit(1)  # whatever it was: only the parent goes on with the tests
 
 
 def die_at_replace(count: int, *, before: bool) -> None:

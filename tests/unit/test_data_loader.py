@@ -1,5 +1,6 @@
 """The order of micro-batches: one integer decides it, whatever the number of ranks and workers."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -86,14 +87,27 @@ def test_resuming_anywhere_gives_the_rest(num_workers: int) -> None:
         )
 
 
-def test_a_closed_loader_has_no_workers() -> None:
+@pytest.mark.parametrize("one_hangs", [False, True])
+def test_a_closed_loader_has_no_workers(one_hangs: bool) -> None:
     loader = loader_of(Numbers(1000), num_workers=2)
     pids = {int(pid) for _ in range(2) for pid in next(loader)["pid"]}
     assert len(pids) == 2
+    if one_hangs:
+        os.kill(min(pids), signal.SIGSTOP)
     loader.close()
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_an_error_on_its_way_up_keeps_no_worker() -> None:
+    loader = loader_of(Numbers(40, bad=5), num_workers=2)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(DataError, match="sample 5 is bad") as caught:
+        numbers(loader)
+    loader.close()
+    assert set(multiprocessing.active_children()) == before
+    assert caught.tb is not None, "it held what it went through until here"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -116,6 +130,8 @@ def test_a_killed_worker_is_an_error_and_no_hang() -> None:
 def test_workers_die_with_a_killed_trainer_and_ignore_its_signals(tmp_path: Path) -> None:
     script = f"""
 import os, sys, time, signal
+import torch.utils.data._utils.worker as watchdog
+watchdog.MP_STATUS_CHECK_INTERVAL = 3600  # torch's own would end them too, after five seconds
 sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
 signal.signal(signal.SIGUSR1, lambda *a: None)
 from test_data_loader import Numbers, loader_of
@@ -127,7 +143,7 @@ for pid in pids:
 for _ in range(50):
     next(loader)
 print(*pids, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
     trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
@@ -135,15 +151,13 @@ time.sleep(60)
     assert len(pids) == 2
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 3.0  # torch's own watchdog takes 5 s
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}/stat").exists() for pid in pids):
-        if all(_is_zombie(pid) for pid in pids):
-            break
+    deadline = time.monotonic() + 60
+    while not all(_is_dead(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.05)
-    assert all(not Path(f"/proc/{pid}/stat").exists() or _is_zombie(pid) for pid in pids)
 
 
-def _is_zombie(pid: int) -> bool:
+def _is_dead(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:

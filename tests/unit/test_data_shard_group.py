@@ -1,5 +1,6 @@
 """Many files as one dataset: the tokens of Megatron-Core's reader, checked once, few files open."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -75,7 +76,8 @@ def test_what_was_checked_is_not_read_again(
     assert len(checked) == 5
     assert again.shards == first.shards
     assert again.sha256 == first.sha256
-    os.utime(data_files(prefixes[2])[0])
+    touched = data_files(prefixes[2])[0]
+    os.utime(touched, ns=(0, touched.stat().st_mtime_ns + 1))
     ShardGroup.open(prefixes, tmp_path)
     assert len(checked) == 10, "another time of change: all are checked again"
     other = ShardGroup.open(prefixes[:4], tmp_path)
@@ -115,7 +117,7 @@ def test_few_files_are_open_at_once(tmp_path: Path) -> None:
         paths.append(str(path))
 
     def open_files() -> int:
-        return sum(os.readlink(f"/proc/self/fd/{fd}").startswith(str(tmp_path)) for fd in _descriptors())
+        return sum(name.startswith(str(tmp_path)) for name in _names_of_open_files())
 
     files = BinFiles(paths, most_open=7)
     for i in [*range(40), *range(39, -1, -1)]:
@@ -126,9 +128,12 @@ def test_few_files_are_open_at_once(tmp_path: Path) -> None:
     assert files.read(5, 0, 1) == b"\x05"
 
 
-def _descriptors() -> list[str]:
-    found = os.listdir("/proc/self/fd")
-    return [fd for fd in found if os.path.islink(f"/proc/self/fd/{fd}")]
+def _names_of_open_files() -> list[str]:
+    names = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile: of the listing, or of another thread
+            names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return names
 
 
 def test_datasets_without_tokens_are_left_out(
