@@ -146,13 +146,13 @@ def test_bad_batches_are_left_out(config: Path) -> None:
     settings = SPIKES | {
         "training.train_steps": 60, "training.stability.spike_policy": "skip",
         "training.learning_rate": 1e-2,
+        # Batches of 128 tokens: a sound one may be 0.8 above the median by itself, noise is 2.2 above.
+        "training.stability.spike_least_increase": 1.5,
     }  # fmt: skip
     ranks = run_faulty(config, faults, settings, processes=2)
     output = config.parent / "run"
     left_out = {event["step"] for event in events(output, "spike")}
-    assert faults.keys() <= left_out
-    # Batches of 128 tokens: one of them may stand out by itself.
-    assert len(left_out) <= len(faults) + 3
+    assert left_out == faults.keys()
     for rank in ranks:
         assert rank["state"]["skipped_steps"] == rank["state"]["spikes"] == len(left_out)
         assert rank["state"]["step"] == 60
