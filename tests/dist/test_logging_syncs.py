@@ -47,7 +47,7 @@ def waits_of_a_step(directory: Path) -> list[tuple[str, ...]]:
         "logging.tensorboard.enabled": False,
     })  # fmt: skip
     initialize_device(resolved.device)
-    initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
+    initialize_process_groups(resolved, timeout_minutes=4, seed=config.seed)
     with CheckpointStore(resolved.checkpoint_dir, keep_last_n=1, keep_best=False, async_save=False) as store:
         run = Run(config, resolved, store)
         run.stop = StopRequest()

@@ -62,7 +62,7 @@ def start_in(precision: str, settings: dict[str, Any]) -> Any:
     initialize_device(resolved.device)
     if dist.is_initialized():
         destroy_process_groups()
-    initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
+    initialize_process_groups(resolved, timeout_minutes=4, seed=config.seed)
     from megads.train.step import TrainingStep
 
     step = TrainingStep(config, resolved)

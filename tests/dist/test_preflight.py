@@ -26,7 +26,7 @@ def outcome(fault: str, directory: Path, settings: dict[str, Any]) -> tuple[str,
         {"output_dir": str(directory / "run"), "data.cache_dir": str(directory)} | settings
     )
     initialize_device(resolved.device)
-    initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
+    initialize_process_groups(resolved, timeout_minutes=4, seed=config.seed)
     rank = dist.get_rank()
     os.environ["LOCAL_RANK"] = "0"
     preflight.host_name = lambda: f"node{rank}"  # type: ignore[assignment]

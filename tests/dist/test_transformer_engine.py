@@ -46,7 +46,7 @@ def build_with_transformer_engine(settings: dict[str, Any], **distributed: Any) 
 
     config, resolved = tiny.configure(settings)
     initialize_device("cpu")
-    initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
+    initialize_process_groups(resolved, timeout_minutes=4, seed=config.seed)
     from megads.train.step import TrainingStep
 
     changes = {

@@ -131,7 +131,7 @@ def start(settings: dict[str, Any]) -> "TrainingStep":
     initialize_device(resolved.device, config.training.deterministic)
     if dist.is_initialized():
         destroy_process_groups()
-    initialize_process_groups(resolved, timeout_minutes=2, seed=config.seed)
+    initialize_process_groups(resolved, timeout_minutes=4, seed=config.seed)
     from megads.train.step import TrainingStep
 
     return TrainingStep(config, resolved)

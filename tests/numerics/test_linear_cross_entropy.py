@@ -105,7 +105,7 @@ def on_a_rank(chunk: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_a_vocabulary_on_two_ranks() -> None:
     expected = by_whole_logits(*problem())
-    ranks = run_distributed(2, on_a_rank, timeout_seconds=60, chunk=5)
+    ranks = run_distributed(2, on_a_rank, chunk=5)
     for losses, grad_hidden, _ in ranks:
         torch.testing.assert_close((losses, grad_hidden), expected[:2], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.cat([part for _, _, part in ranks]), expected[2], rtol=1e-6, atol=1e-6)

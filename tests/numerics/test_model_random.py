@@ -78,7 +78,7 @@ def route_with_noise() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Any]:
-    return run_distributed(1, run_all, timeout_seconds=200)[0]
+    return run_distributed(1, run_all)[0]
 
 
 def assert_bitwise(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ def test_noise_that_has_fallen_to_zero_is_none(runs: dict[str, Any]) -> None:
 
 def test_noise_changes_the_choice_but_no_gate() -> None:
     """Gates are the normalized clean scores of whatever experts the noise has led to."""
-    (found,) = run_distributed(1, route_with_noise, timeout_seconds=60)
+    (found,) = run_distributed(1, route_with_noise)
     assert not torch.equal(found["noisy"] > 0, found["clean"] > 0)
     chosen = found["scores"] * found["routed"]
     expected = 2.5 * chosen / chosen.sum(dim=-1, keepdim=True)

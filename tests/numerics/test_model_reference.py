@@ -157,7 +157,7 @@ def measured(references: dict[str, ReferenceModel]) -> dict[str, Measured]:
         case: {name: tensor.detach() for name, tensor in model.state_dict().items()}
         for case, model in references.items()
     }
-    (found,) = run_distributed(1, measure, timeout_seconds=200, cases=cases)
+    (found,) = run_distributed(1, measure, cases=cases)
     return found
 
 

@@ -51,7 +51,7 @@ def logits_and_gradients(cases: dict[str, tuple[Config, dict[str, Tensor]]]) -> 
     from megads.model.build import build_model
 
     initialize_device("cpu")
-    initialize_process_groups(tiny.configure({})[1], timeout_minutes=1, seed=0)
+    initialize_process_groups(tiny.configure({})[1], timeout_minutes=4, seed=0)
     found = {}
     for name, (config, published) in cases.items():
         (model,) = build_model(config, resolve(config, 1, cuda=False))
@@ -95,7 +95,7 @@ def pairs() -> dict[str, tuple[Config, dict[str, Tensor], torch.nn.Module]]:
 @pytest.fixture(scope="module")
 def ours(pairs: dict[str, tuple[Config, dict[str, Tensor], torch.nn.Module]]) -> dict[str, Any]:
     cases = {name: (config, published) for name, (config, published, _) in pairs.items()}
-    (found,) = run_distributed(1, logits_and_gradients, timeout_seconds=120, cases=cases)
+    (found,) = run_distributed(1, logits_and_gradients, cases=cases)
     return found
 
 

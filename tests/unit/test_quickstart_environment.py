@@ -11,6 +11,7 @@ from megads.config.loader import load_config
 from megads.config.schema import Config
 from megads.launch import environment
 from megads.launch.environment import Check, Gpus
+from megads.ports import free_port
 
 GIB = 2**30
 H100 = Gpus(("NVIDIA H100",) * 8, 80 * GIB, "580.65.06", "13.0")
@@ -180,7 +181,7 @@ def test_memory_of_this_host_and_of_its_gpus(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_port_in_use() -> None:
     with socket.socket() as taken:
-        taken.bind(("", 0))
+        taken.bind(("", free_port()))  # not one that an outgoing connection may get meanwhile
         taken.listen()
         port = taken.getsockname()[1]
         assert environment.check_port(port).level == "warning"
