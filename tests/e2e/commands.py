@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
+from tests.waiting import LONGEST_SECONDS
+
 ROOT = Path(__file__).parents[2]
-# Bounds a hang: on a busy machine all takes long.
-LONGEST_SECONDS = 600.0
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from megads.data.manifest import read_record
-from tests.e2e.commands import ENVIRONMENT, LONGEST_SECONDS, ROOT, tool
+from tests.e2e.commands import ENVIRONMENT, ROOT, tool
+from tests.waiting import LONGEST_SECONDS
 
 KILLS = int(os.environ.get("MEGADS_TEST_KILLS", "20"))
 SHARDS = 10

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import orjson
 
-from tests.e2e.commands import ENVIRONMENT, LONGEST_SECONDS, ROOT, pretrain_command, pretrain_well, records
+from tests.e2e.commands import ENVIRONMENT, ROOT, pretrain_command, pretrain_well, records
+from tests.waiting import LONGEST_SECONDS
 
 
 def operations(trace: Path) -> set[str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megads.errors import ConfigError, EnvironmentSetupError
-from tests.e2e.commands import ENVIRONMENT, LONGEST_SECONDS, ROOT, steps, tool, write_json
+from tests.e2e.commands import ENVIRONMENT, ROOT, steps, tool, write_json
+from tests.waiting import LONGEST_SECONDS
 
 PROGRAM = [sys.executable, str(ROOT / "tools" / "quickstart.py")]
 

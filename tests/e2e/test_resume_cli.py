@@ -13,7 +13,6 @@ from megads.errors import CheckpointError, RunStopped, TrainingError
 from megads.train.phases import PHASES
 from tests.e2e.commands import (
     ENVIRONMENT,
-    LONGEST_SECONDS,
     ROOT,
     pretrain,
     pretrain_command,
@@ -22,6 +21,7 @@ from tests.e2e.commands import (
     run,
     steps,
 )
+from tests.waiting import LONGEST_SECONDS
 
 STEPS, STOP_STEP = 8, 4
 # More than are done before a signal comes, however late that is.

@@ -5,8 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from megads.checkpoint.object_store import ObjectStore
 from megads.errors import RunStopped, TrainingError
 from tests.e2e.commands import (
     ENVIRONMENT,
-    LONGEST_SECONDS,
     ROOT,
     Finished,
     pretrain,
@@ -32,6 +30,7 @@ from tests.e2e.commands import (
     write_json,
 )
 from tests.s3_server import BUCKET, S3Server, s3_server
+from tests.waiting import LONGEST_SECONDS, until
 
 STEPS, STOP_STEP = 6, 4
 URL = f"s3://{BUCKET}/run"
@@ -80,8 +79,8 @@ def test_the_store_is_lost_and_comes_back(config: Path, tmp_path: Path, server: 
 
     def end_of_outage() -> None:
         # Until training is at its end, and the mirror has found out.
-        _wait_until(lambda: gone.is_set() and _newest_step(output) == STEPS)
-        _wait_until(lambda: "training goes on" in log.read_text())
+        until(lambda: gone.is_set() and _newest_step(output) == STEPS)
+        until(lambda: "training goes on" in log.read_text())
         back.set()
         server.start()
 
@@ -98,13 +97,6 @@ def test_the_store_is_lost_and_comes_back(config: Path, tmp_path: Path, server: 
 def _newest_step(output: Path) -> int | None:
     newest = commit.latest(output / "checkpoints")
     return newest.step if newest else None
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONGEST_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Notice(BaseHTTPRequestHandler):
@@ -175,7 +167,7 @@ def test_a_run_that_is_killed_twice_finishes(config: Path, tmp_path: Path) -> No
 def _wait_for_a_checkpoint(output: Path) -> None:
     """Later than those that are there."""
     earlier = _newest_step(output) or 0
-    _wait_until(lambda: (_newest_step(output) or 0) > earlier)
+    until(lambda: (_newest_step(output) or 0) > earlier)
 
 
 def test_a_run_that_always_fails_is_given_up(config: Path, tmp_path: Path) -> None:

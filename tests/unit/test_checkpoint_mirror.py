@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from megads.config.schema import Config
 from megads.config.stages import load_stages
 from megads.errors import CheckpointError, ConfigError
 from tests.s3_server import BUCKET, S3Server, s3_server
+from tests.waiting import until
 
 URL = f"s3://{BUCKET}/run"
 FILES = {"__0_0.distcp": 40_000, ".metadata": 300, "sub/__1_0.distcp": 7}
@@ -49,13 +50,6 @@ def mirror(url: str = URL, **options: object) -> CheckpointMirror:
 
 def steps_there(url: str = URL) -> list[int]:
     return [one.manifest.step for one in ObjectStore(url).listing().committed]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.02)
 
 
 def same_files(one: Path, other: Path) -> bool:

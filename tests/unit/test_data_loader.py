@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from megads.data.manifest import RECORD_FORMAT
 from megads.data.samples import PackedSamples
 from megads.data.sources import SampleCounts
 from megads.errors import DataError, TrainingError
+from tests.waiting import alive, until
 
 
 class Numbers(Dataset[dict[str, Tensor]]):
@@ -151,17 +151,7 @@ time.sleep(600)
     assert len(pids) == 2
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 60
-    while not all(_is_dead(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker lives on"
-        time.sleep(0.05)
-
-
-def _is_dead(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    until(lambda: not any(alive(pid) for pid in pids))
 
 
 def test_a_batch_arrives_as_it_was_packed() -> None:
